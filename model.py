@@ -1,0 +1,648 @@
+"""MaskSAM: SAM, held whole and frozen, with a stem, adapters, a prompt generator and class tokens (paper 2.1, fig. 2, 3).
+
+    volume (B, C, D, H, W)
+      │  ModalityStem                         2.5 i     any modalities -> 3 channels at the encoder's size
+      │  SAM image encoder                    2.5 ii-iii, fig. 3a, 4c: depth embedding, two DConvAdapters per block
+      │  PromptGenerator                      2.3       -> auxiliary masks, boxes, class tokens
+      │  SAM prompt encoder, unchanged
+      │  SAM mask decoder                     2.6, fig. 3c: class token, depth embedding, adapters
+      └> class_logits (S, N, K+1), mask_logits (S, N, H', W'), aux_mask_logits (S, N, H, W), aux_boxes (S, N, 4)
+
+SAM's modules are those that `segment-anything` builds. A forward pass is repeated here where the paper inserts something,
+and every inserted line ends in "# +". With fresh adapters those lines add nothing: the model is SAM.
+
+Letters: B volumes, D slices of a patch, S = B*D, H W pixels of a patch, h w token grid, N queries, K classes with
+background. Rows are folded as (b*D + d)*N + n.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import sys
+import urllib.error
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from adapters import (
+    DepthConvAdapter,
+    DepthMLPAdapter,
+    DepthMLPAfterUpAdapter,
+    DepthMLPBeforeDownAdapter,
+    VanillaAdapter,
+)
+from prompt_generator import PromptGenerator, resize
+
+if "segment_anything" not in sys.modules:
+    # The package's __init__ imports torchvision, which SAM's network does not need. A module made from the package's
+    # spec but never executed stands in for it while the torch-only submodules are imported.
+    _spec = importlib.util.find_spec("segment_anything")
+    if _spec is None:
+        raise ImportError("the package segment-anything is missing: pip install -r requirements.txt")
+    sys.modules["segment_anything"] = importlib.util.module_from_spec(_spec)
+    from segment_anything import build_sam, modeling
+    from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
+
+    del sys.modules["segment_anything"]
+else:
+    from segment_anything import build_sam, modeling
+    from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
+
+# ----------------------------------------------------------------------------------------------- backbones and variants
+
+
+def _build_tiny() -> nn.Module:
+    """A small SAM of the same classes (Ours), for the phantom, for tests and for two cores: it trains from scratch."""
+    dim = 64
+    return modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(
+            img_size=256, embed_dim=128, depth=4, num_heads=4, out_chans=dim, window_size=8, use_rel_pos=True,
+            global_attn_indexes=(1, 3), norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        ),
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=dim, image_embedding_size=(16, 16), input_image_size=(256, 256), mask_in_chans=16
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=4, mlp_dim=256),
+            transformer_dim=dim, iou_head_hidden_dim=dim,
+        ),
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """One `--sam` name. file, sha256: of the pre-trained weights, None where there are none and SAM trains too."""
+
+    build: object
+    file: str | None = None
+    sha256: str | None = None
+
+
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+BACKBONES = {
+    "tiny": Backbone(_build_tiny),
+    "vit_b": Backbone(
+        build_sam.build_sam_vit_b,
+        "sam_vit_b_01ec64.pth",
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    ),
+    "vit_l": Backbone(
+        build_sam.build_sam_vit_l,
+        "sam_vit_l_0b3195.pth",
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    ),
+    "vit_h": Backbone(
+        build_sam.build_sam_vit_h,
+        "sam_vit_h_4b8939.pth",
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+}
+
+# Table 4: form of the prompts (fig. 5), adapter for image tokens, adapter for prompt tokens, depth embeddings.
+VARIANTS = {
+    "b1": ("a", VanillaAdapter, VanillaAdapter, False),
+    "b2": ("b", VanillaAdapter, VanillaAdapter, False),
+    "b3": ("c", VanillaAdapter, VanillaAdapter, False),
+    "b4": ("d", VanillaAdapter, VanillaAdapter, False),
+    "b5": ("d", VanillaAdapter, VanillaAdapter, True),
+    "b6": ("d", DepthMLPAfterUpAdapter, DepthMLPAfterUpAdapter, True),
+    "b7": ("d", DepthMLPBeforeDownAdapter, DepthMLPBeforeDownAdapter, True),
+    "b8": ("d", DepthMLPAdapter, DepthMLPAdapter, True),
+    "b9": ("d", DepthConvAdapter, DepthMLPAdapter, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSAMConfig:
+    """What must travel with the weights; the defaults are the paper's ACDC run.
+
+    sam: key of `BACKBONES`. variant: key of `VARIANTS`. num_channels: C. num_classes: K with background.
+    num_queries: N. patch_size: (D, H, W) voxels. encoder_size: (rows, columns) in pixels, multiples of 16.
+    mask_prompt: "logits" or "binary", what SAM's prompt encoder gets.
+
+    Raises:
+        ValueError: a value that no model can be built from, with what would do.
+    """
+
+    sam: str = "vit_b"
+    variant: str = "b9"
+    num_channels: int = 1
+    num_classes: int = 4
+    num_queries: int = 8
+    patch_size: tuple[int, int, int] = (4, 256, 256)
+    encoder_size: tuple[int, int] = (1024, 1024)
+    mask_prompt: str = "logits"
+
+    def __post_init__(self):
+        for name, known in (("sam", BACKBONES), ("variant", VARIANTS), ("mask_prompt", ("logits", "binary"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name, length, multiple in (("patch_size", 3, 1), ("encoder_size", 2, 16)):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)  # a list from a file or the command line becomes a tuple
+            if len(value) != length or any(side < 1 or side % multiple for side in value):
+                raise ValueError(f"{name} is {value}, expected {length} positive multiples of {multiple}")
+        if self.num_classes < 2 or self.num_queries < 1 or self.num_channels < 1:
+            raise ValueError(f"expected at least 2 classes, 1 query and 1 channel, found {self}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), the token grid of the encoder."""
+        return self.encoder_size[0] // 16, self.encoder_size[1] // 16
+
+
+# ------------------------------------------------------------------------------------------------- modality stem, 2.5 i
+
+
+class ModalityStem(nn.Module):
+    """Inverted bottleneck of convolutions from any number of modalities to SAM's three channels (2.5 i).
+
+    Ours: it works at patch size, before the resampling to the encoder's size, and around it runs a residual: at first
+    the last layer is zero and SAM sees the mean of the channels as a grey picture, normalised by SAM's pixel statistics.
+    The input is normalised to mean 0 and deviation 1; that becomes the mean and deviation of SAM's own pictures.
+
+    Args:
+        num_channels: C. encoder_size: (rows, columns). pixel_mean, pixel_std: (3, 1, 1), SAM's, in grey levels 0..255.
+    """
+
+    def __init__(self, num_channels: int, encoder_size: tuple[int, int], pixel_mean: Tensor, pixel_std: Tensor):
+        super().__init__()
+        hidden_dim = 8 * (num_channels + 3)
+        self.encoder_size = encoder_size
+        self.register_buffer("gain", (pixel_std.mean() / pixel_std).flatten(-2), persistent=False)
+        self.register_buffer("offset", ((pixel_mean.mean() - pixel_mean) / pixel_std).flatten(-2), persistent=False)
+        self.bottleneck = nn.Sequential(
+            nn.Conv2d(num_channels, hidden_dim, kernel_size=1),
+            nn.GELU(),
+            nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim),
+            nn.GELU(),
+            nn.Conv2d(hidden_dim, 3, kernel_size=1),
+        )
+        nn.init.zeros_(self.bottleneck[-1].weight)
+        nn.init.zeros_(self.bottleneck[-1].bias)
+
+    def forward(self, slices: Tensor) -> Tensor:
+        """(S, C, H, W) of mean 0 and deviation 1 -> (S, 3, *encoder_size), what SAM's `preprocess` would make."""
+        grey = slices.mean(dim=1, keepdim=True) * self.gain[..., None] + self.offset[..., None]
+        return resize(grey + self.bottleneck(slices), self.encoder_size)
+
+
+# -------------------------------------------------------------------------------- image encoder, 2.5 ii-iii and fig. 4c
+
+
+def attention(layer: nn.Module, x: Tensor) -> Tensor:
+    """SAM's `Attention.forward` for image tokens, exactly, without ever holding the h*w x h*w scores.
+
+    SAM adds to the score of query (y, x) and key (y', x') the terms q . Rh[y, y'] and q . Rw[x, x']. Ours: they are
+    folded into the product, [q, q Rh, q Rw] . [k, onehot(y'), onehot(x')], so that torch's fused attention serves.
+
+    Args:
+        layer: SAM's `Attention`. x: (R, h, w, C), images or windows.
+    Returns:
+        (R, h, w, C).
+    """
+    h, w = x.shape[1:3]
+    qkv = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (R, heads, h*w, c) each
+    by_row = torch.einsum("rnhwc,hkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(h, h, layer.rel_pos_h).to(x))
+    by_column = torch.einsum("rnhwc,wkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(w, w, layer.rel_pos_w).to(x))
+    row, column = torch.eye(h).repeat_interleave(w, 0).to(key), torch.eye(w).repeat(h, 1).to(key)
+    query = torch.cat([query * layer.scale, by_row.flatten(2, 3).to(query), by_column.flatten(2, 3).to(query)], dim=-1)
+    key = torch.cat([key, torch.cat([row, column], dim=-1).expand(*key.shape[:2], -1, -1)], dim=-1)
+    dim = value.shape[-1]
+    # The fused kernels want one width for query, key and value: the value is padded and cut again.
+    out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, h + w)), scale=1.0)[..., :dim]
+    return layer.proj(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)))
+
+
+class EncoderBlockAdapters(nn.Module):
+    """What fig. 4c inserts into one block of SAM's ViT; the block itself is handed in, so that its weights have one owner.
+
+    Args:
+        adapter: class of the adapters. dim: width of the ViT. depth: D.
+    """
+
+    def __init__(self, adapter: type[VanillaAdapter], dim: int, depth: int):
+        super().__init__()
+        self.behind_attention = adapter(dim, depth, skip=True)
+        self.beside_mlp = adapter(dim, depth, skip=False)
+
+    def forward(self, x: Tensor, block: nn.Module) -> Tensor:
+        """SAM's `Block.forward` with two adapters. (S, h, w, C) -> the same shape."""
+        attended = block.norm1(x)
+        if block.window_size > 0:
+            windows, padded_size = window_partition(attended, block.window_size)
+            windows = attention(block.attn, windows)
+            attended = window_unpartition(windows, block.window_size, padded_size, x.shape[1:3])
+        else:
+            attended = attention(block.attn, attended)
+        attended = self.behind_attention(attended)  # +
+        x = x + attended
+        normed = block.norm2(x)
+        return x + block.mlp(normed) + 0.5 * self.beside_mlp(normed)  # +
+
+
+# --------------------------------------------------------------------------------------------- mask decoder, 2.6, fig. 3c
+
+
+class DecoderBlockAdapters(nn.Module):
+    """What fig. 3c inserts into one block of SAM's two-way transformer.
+
+    Args:
+        image_adapter, token_adapter: classes of the adapters. dim: width of the decoder. depth: D.
+    """
+
+    def __init__(self, image_adapter: type[VanillaAdapter], token_adapter: type[VanillaAdapter], dim: int, depth: int):
+        super().__init__()
+        self.behind_self_attention = token_adapter(dim, depth, skip=True)
+        self.behind_token_to_image = token_adapter(dim, depth, skip=True)
+        self.beside_mlp = token_adapter(dim, depth, skip=False)
+        self.behind_image_to_token = image_adapter(dim, depth, skip=True)
+
+    def forward(self, block: nn.Module, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, grid, n: int):
+        """SAM's `TwoWayAttentionBlock.forward` with four adapters.
+
+        Args:
+            block: SAM's. tokens, token_pe: (S*N, T, c). image: (S*N, h*w, c). image_pe: (D or 1, 1, h*w, c).
+            grid: (h, w). n: N.
+        Returns:
+            tokens, image after the block.
+        """
+        if block.skip_first_layer_pe:
+            tokens = self.behind_self_attention(block.self_attn(tokens, tokens, tokens), n)  # +
+        else:
+            placed = tokens + token_pe
+            tokens = tokens + self.behind_self_attention(block.self_attn(placed, placed, tokens), n)  # +
+        tokens = block.norm1(tokens)
+
+        placed_image = add_position(image, image_pe, n)
+        attended = block.cross_attn_token_to_image(tokens + token_pe, placed_image, image)
+        tokens = block.norm2(tokens + self.behind_token_to_image(attended, n))  # +
+
+        tokens = block.norm3(tokens + block.mlp(tokens) + 0.5 * self.beside_mlp(tokens, n))  # +
+
+        attended = block.cross_attn_image_to_token(placed_image, tokens + token_pe, tokens)
+        attended = self.behind_image_to_token(attended.unflatten(1, grid), n).flatten(1, 2)  # +
+        return tokens, block.norm4(image + attended)
+
+
+def add_position(image: Tensor, image_pe: Tensor, n: int) -> Tensor:
+    """Add (D or 1, 1, h*w, c) position codes to (B*D*n, h*w, c) image tokens, without a copy per query."""
+    return (image.unflatten(0, (-1, image_pe.shape[0], n if image_pe.shape[0] > 1 else 1)) + image_pe).flatten(0, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+
+
+class MaskSAM(nn.Module):
+    """The whole network of fig. 2. SAM is built with random weights: `load_sam` brings the pre-trained ones.
+
+    Everything of a pre-trained SAM is frozen before anything is added. `tiny` has no pre-trained weights and trains
+    whole, but for the parts of SAM that the method never reads.
+
+    Args:
+        config: what to build.
+    """
+
+    def __init__(self, config: MaskSAMConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.sam = BACKBONES[config.sam].build().train()
+        self.sam_is_frozen = BACKBONES[config.sam].file is not None
+        form, image_adapter, token_adapter, depth_embedding = VARIANTS[config.variant]
+        self._set_encoder_size()
+        if self.sam_is_frozen:
+            self.sam.requires_grad_(False)
+        else:
+            self._freeze_what_is_never_read(form)
+
+        depth, *patch = config.patch_size
+        encoder, decoder = self.sam.image_encoder, self.sam.mask_decoder
+        width, neck_dim = encoder.pos_embed.shape[-1], decoder.transformer_dim
+        blocks = len(encoder.blocks)
+        # "Each three attention blocks" of ViT-B's twelve: the last block of every quarter.
+        self.tap_indices = [blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+
+        self.stem = ModalityStem(config.num_channels, config.encoder_size, self.sam.pixel_mean, self.sam.pixel_std)
+        self.encoder_adapters = nn.ModuleList(EncoderBlockAdapters(image_adapter, width, depth) for _ in range(blocks))
+        self.decoder_adapters = nn.ModuleList(
+            DecoderBlockAdapters(image_adapter, token_adapter, neck_dim, depth) for _ in decoder.transformer.layers
+        )
+        # Learnable depth embeddings, zero at first, of the encoder's and of the decoder's image tokens.
+        self.encoder_depth_embed = nn.Parameter(torch.zeros(depth, 1, 1, width)) if depth_embedding else None
+        self.decoder_depth_embed = nn.Parameter(torch.zeros(depth, 1, 1, neck_dim)) if depth_embedding else None
+        self.prompt_generator = PromptGenerator(
+            neck_dim, [width] * 4, config.grid, tuple(patch), config.num_queries, form, config.mask_prompt
+        )
+        # Ours: one global class token per query; the release shares one.
+        self.class_tokens = nn.Parameter(torch.randn(config.num_queries, neck_dim) * 0.02)
+        self.classifier = nn.Linear(neck_dim, config.num_classes + 1)
+
+    def _set_encoder_size(self) -> None:
+        """Let SAM work at another size than its own: sizes of its prompt encoder, resampled position embedding."""
+        size, grid = self.config.encoder_size, self.config.grid
+        prompt_encoder, encoder = self.sam.prompt_encoder, self.sam.image_encoder
+        prompt_encoder.input_image_size, prompt_encoder.image_embedding_size = size, grid
+        prompt_encoder.mask_input_size = (4 * grid[0], 4 * grid[1])
+        encoder.pos_embed = nn.Parameter(resample_position_embedding(encoder.pos_embed.detach(), grid))
+
+    def _freeze_what_is_never_read(self, form: str) -> None:
+        """Parts of SAM without a place in the method would otherwise be trainable and never get a gradient."""
+        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
+        unread = [decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps[1:], *prompts.point_embeddings[:2]]
+        unread += [prompts.not_a_point_embed, prompts.mask_downscaling if form == "b" else prompts.no_mask_embed]
+        for module in unread:
+            module.requires_grad_(False)
+
+    def forward(self, volume: Tensor) -> dict[str, Tensor]:
+        """Segment a batch of patches.
+
+        Args:
+            volume: (B, C, D, H, W), normalised, of the configured patch size.
+        Returns:
+            class_logits (S, N, K+1) and mask_logits (S, N, 4h, 4w); as the variant makes them aux_mask_logits
+            (S, N, H, W) and aux_boxes (S, N, 4). The no-object class is the last.
+        Raises:
+            ValueError: channels or patch size differ from the configuration.
+        """
+        expected = (self.config.num_channels, *self.config.patch_size)
+        if tuple(volume.shape[1:]) != expected:
+            raise ValueError(f"input is {tuple(volume.shape)}, expected (B, C, D, H, W) = (B, {str(expected)[1:]}")
+        slices = volume.transpose(1, 2).flatten(0, 1)
+        neck, taps = self.encode(self.stem(slices))
+        aux = self.prompt_generator(neck, taps)
+        sparse, dense, image_pe = self.encode_prompts(aux)
+        class_tokens = self.class_tokens + aux.pop("class_tokens")
+        class_logits, mask_logits = self.decode(neck, image_pe, sparse, dense, class_tokens)
+        return {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
+
+    def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """SAM's `ImageEncoderViT.forward` with depth embedding and adapters (fig. 3a).
+
+        Args:
+            image: (S, 3, *encoder_size).
+        Returns:
+            neck (S, c, h, w) and the four taps (S, width, h, w).
+        """
+        encoder = self.sam.image_encoder
+        x = encoder.patch_embed(image) + encoder.pos_embed
+        if self.encoder_depth_embed is not None:
+            x = (x.unflatten(0, (-1, self.config.patch_size[0])) + self.encoder_depth_embed).flatten(0, 1)  # +
+        taps = []
+        for index, (block, adapters) in enumerate(zip(encoder.blocks, self.encoder_adapters)):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(adapters, x, block, use_reentrant=False)
+            else:
+                x = adapters(x, block)
+            if index in self.tap_indices:
+                taps.append(x.permute(0, 3, 1, 2))  # +
+        return encoder.neck(x.permute(0, 3, 1, 2)), taps
+
+    def encode_prompts(self, aux: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """SAM's prompt encoder, unchanged, on the generated prompts.
+
+        Outside autocast: in half precision the random Fourier code of a position is off by about a pixel.
+
+        Args:
+            aux: of the prompt generator.
+        Returns:
+            sparse (S*N, 2, c), the two box corners; dense (S*N, c, h, w); position code of the image (1, c, h, w).
+        """
+        encoder = self.sam.prompt_encoder
+        with torch.autocast(self.class_tokens.device.type, enabled=False):
+            boxes, masks = self.prompt_generator.prompts(aux, encoder.mask_input_size)
+            rows, columns = self.config.encoder_size
+            boxes = boxes * boxes.new_tensor([columns, rows, columns, rows])
+            masks = None if masks is None else masks.flatten(0, 1)[:, None]
+            sparse, dense = encoder(points=None, boxes=boxes.flatten(0, 1), masks=masks)
+            return sparse, dense, encoder.get_dense_pe()
+
+    def decode(
+        self, neck: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, class_tokens: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """SAM's `MaskDecoder.predict_masks` for S images with N prompts each, with class tokens and adapters (fig. 3c).
+
+        Args:
+            neck: (S, c, h, w). image_pe: (1, c, h, w). sparse: (S*N, 2, c). dense: (S*N, c, h, w).
+            class_tokens: (S, N, c), or None to leave them out, as SAM does.
+        Returns:
+            class_logits (S, N, K+1), or None; mask_logits (S, N, 4h, 4w), SAM's mask 0.
+        """
+        decoder, transformer = self.sam.mask_decoder, self.sam.mask_decoder.transformer
+        slices, grid = neck.shape[0], neck.shape[-2:]
+        n = dense.shape[0] // slices
+        own_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(slices * n, -1, -1)
+        parts = [own_tokens, sparse]
+        if class_tokens is not None:
+            parts.append(class_tokens.flatten(0, 1)[:, None])  # +
+        token_pe = tokens = torch.cat([part.to(neck.dtype) for part in parts], dim=1)
+        image = (neck[:, None] + dense.unflatten(0, (slices, n))).flatten(0, 1).flatten(2).mT
+        image_pe = image_pe.flatten(2).mT[None]
+        if self.decoder_depth_embed is not None:
+            image_pe = image_pe + self.decoder_depth_embed  # +
+
+        for block, adapters in zip(transformer.layers, self.decoder_adapters):
+            tokens, image = adapters(block, tokens, image, token_pe, image_pe, grid, n)
+        attended = transformer.final_attn_token_to_image(tokens + token_pe, add_position(image, image_pe, n), image)
+        tokens = transformer.norm_final_attn(tokens + attended)
+
+        upscaled = decoder.output_upscaling(image.mT.unflatten(2, grid))
+        mask_weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])
+        mask_logits = torch.einsum("rc,rchw->rhw", mask_weights, upscaled).unflatten(0, (slices, n))
+        class_logits = None if class_tokens is None else self.classifier(tokens[:, -1]).unflatten(0, (slices, n))  # +
+        return class_logits, mask_logits
+
+    @torch.no_grad()
+    def predict(self, volume: Tensor) -> Tensor:
+        """Semantic maps of a batch of patches on their own grid.
+
+        Args:
+            volume: (B, C, D, H, W).
+        Returns:
+            (B, K, D, H, W) float32 in [0, N], not normalised over classes.
+        """
+        outputs = self(volume)
+        logits = resize(outputs["mask_logits"].float(), self.config.patch_size[1:])
+        maps = semantic_map(outputs["class_logits"].float(), logits)
+        return maps.unflatten(0, (-1, self.config.patch_size[0])).transpose(1, 2)
+
+    def load_sam(self, path: str | Path) -> None:
+        """Load SAM's own weights, strictly; its position embedding is resampled to the encoder's size.
+
+        Args:
+            path: a state dict as `segment-anything` publishes it.
+        Raises:
+            ValueError: not a state dict of this backbone.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state["image_encoder.pos_embed"] = resample_position_embedding(
+                state["image_encoder.pos_embed"], self.config.grid
+            )
+            self.sam.load_state_dict(state, strict=True)
+        except Exception as error:  # whatever a wrong file does to unpickling, look-up or shapes, the answer is one
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"{path} does not hold SAM {self.config.sam}: {' '.join(reason[:3])[:300]} ... expected the file "
+                f"{BACKBONES[self.config.sam].file}, or its like; choose another backbone with --sam"
+            ) from error
+
+
+def resample_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample SAM's learnt absolute positions (1, h, w, C) to another token grid (Ours: bicubic, antialiased)."""
+    if tuple(embedding.shape[1:3]) == tuple(grid):
+        return embedding
+    channels_first = embedding.permute(0, 3, 1, 2)
+    resampled = F.interpolate(channels_first, size=grid, mode="bicubic", align_corners=False, antialias=True)
+    return resampled.permute(0, 2, 3, 1)
+
+
+def semantic_map(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
+    """Sum over queries of class probability times mask probability (MaskFormer's semantic inference).
+
+    Args:
+        class_logits: (S, N, K+1), no-object last. mask_logits: (S, N, H, W).
+    Returns:
+        (S, K, H, W), each at most N.
+    """
+    return torch.einsum("snk,snhw->skhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
+
+
+def count_parameters(model: MaskSAM) -> dict[str, tuple[int, int]]:
+    """Parameters by component (table 5), those of SAM with its modules' names.
+
+    Returns:
+        component -> (trainable, frozen).
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        first, second = (name.split(".") + [""])[:2]
+        component = f"sam.{second}" if first == "sam" else first
+        trainable, frozen = counts.get(component, (0, 0))
+        size = parameter.numel()
+        counts[component] = (trainable + size, frozen) if parameter.requires_grad else (trainable, frozen + size)
+    return counts
+
+
+# ------------------------------------------------------------------------------------------- SAM's file and checkpoints
+
+
+def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
+    """The file with SAM's weights: the given one, or the published one, downloaded once into torch's cache.
+
+    Args:
+        name: key of `BACKBONES`. path: the user's own file, or None.
+    Returns:
+        The path, or None for a backbone without pre-trained weights.
+    Raises:
+        FileNotFoundError: the given file does not exist, or the published one cannot be had.
+    """
+    backbone = BACKBONES[name]
+    if backbone.file is None:
+        if path is not None:
+            raise ValueError(f"--sam {name} has no pre-trained weights: leave out --sam-checkpoint {path}")
+        return None
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--sam-checkpoint {path}: no such file, expected SAM {name} ({backbone.file})")
+        return Path(path)
+    target = Path(torch.hub.get_dir()) / "checkpoints" / backbone.file
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:  # shows its progress, checks the sha256, and renames only a whole file to the target
+            torch.hub.download_url_to_file(SAM_URL + backbone.file, str(target), hash_prefix=backbone.sha256)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"SAM {name} could not be downloaded ({error}).\n  from {SAM_URL + backbone.file}\n  to   {target}\n"
+                "Either put the file there by hand, or pass --sam-checkpoint PATH. (--sam tiny needs no weights.)"
+            ) from error
+    return target
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_model(config: MaskSAMConfig, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
+    """Build MaskSAM around pre-trained SAM.
+
+    Returns:
+        The model, and SAM's name and its file's sha256 (None for `tiny`), which a checkpoint records.
+    """
+    path = find_sam_file(config.sam, sam_checkpoint)
+    model = MaskSAM(config)
+    if path is not None:
+        model.load_sam(path)
+    return model, {"name": config.sam, "sha256": None if path is None else file_sha256(path)}
+
+
+def trained_state(model: MaskSAM) -> dict[str, Tensor]:
+    """The state dict without a frozen SAM: what training made, and all that a checkpoint must hold."""
+    return {key: value for key, value in model.state_dict().items() if not (model.sam_is_frozen and key[:4] == "sam.")}
+
+
+def save_checkpoint(path: str | Path, model: MaskSAM, sam: dict, plan: dict, **facts) -> None:
+    """Write what trains, the configuration and the facts of the run, to a temporary name first.
+
+    Args:
+        path: file to write. sam: of `build_model`. plan: of the data, as plain types. facts: further plain values
+            or tensors, such as epoch, metrics, arguments, commit, optimizer.
+    """
+    content = {"config": dataclasses.asdict(model.config), "sam": sam, "plan": plan, "state": trained_state(model)}
+    partial_path = f"{path}.partial"
+    torch.save(content | facts, partial_path)
+    os.replace(partial_path, path)
+
+
+def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
+    """Rebuild a trained model from its checkpoint and SAM's own file.
+
+    Args:
+        path: of `save_checkpoint`. sam_checkpoint: SAM's file where it is not in the cache.
+    Returns:
+        The model in evaluation mode on the CPU, and everything else that was saved.
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a checkpoint of this code, or made on another SAM file.
+    """
+    content = read_checkpoint(path)
+    model, sam = build_model(MaskSAMConfig(**content["config"]), sam_checkpoint)
+    if sam["sha256"] != content["sam"]["sha256"]:
+        raise ValueError(
+            f"{path} was trained on SAM {content['sam']['name']} with sha256 {content['sam']['sha256']}, "
+            f"found {sam['sha256']}: pass the right file with --sam-checkpoint"
+        )
+    load_trained_state(model, content.pop("state"), path)
+    return model.eval(), content
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The content of a checkpoint file as a dict. Raises as `load_checkpoint`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file; train.py writes runs/<data>-<name>/best.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "sam", "plan", "state"} - content.keys()
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint of train.py: {str(error).splitlines()[0]}") from error
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def load_trained_state(model: MaskSAM, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load what `trained_state` gave, strictly. Raises ValueError with the keys or shapes that differ."""
+    own = trained_state(model)
+    wrong = sorted(state.keys() ^ own.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model: {len(wrong)} tensors differ, such as {wrong[0]}")
+    model.load_state_dict(state, strict=False)
