@@ -88,7 +88,7 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-# --------------------------------------------------------------------------------------------------- pairwise terms, 2.7
+# -------------------------------------------------------------------------------------------------- pairwise terms, 2.7
 
 
 def pairwise_mask_terms(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""MaskSAM: SAM, held whole and frozen, with a stem, adapters, a prompt generator and class tokens (paper 2.1, fig. 2, 3).
+"""MaskSAM: SAM, frozen, with a stem, adapters, a prompt generator and class tokens (paper 2.1, fig. 2, 3).
 
     volume (B, C, D, H, W)
       │  ModalityStem                         2.5 i     any modalities -> 3 channels at the encoder's size
@@ -8,8 +8,8 @@
       │  SAM mask decoder                     2.6, fig. 3c: class token, depth embedding, adapters
       └> class_logits (S, N, K+1), mask_logits (S, N, H', W'), aux_mask_logits (S, N, H, W), aux_boxes (S, N, 4)
 
-SAM's modules are those that `segment-anything` builds. A forward pass is repeated here where the paper inserts something,
-and every inserted line ends in "# +". With fresh adapters those lines add nothing: the model is SAM.
+SAM's modules are those that `segment-anything` builds. A forward pass is repeated here where the paper inserts
+something, and every inserted line ends in "# +". With fresh adapters those lines add nothing: the model is SAM.
 
 Letters: B volumes, D slices of a patch, S = B*D, H W pixels of a patch, h w token grid, N queries, K classes with
 background. Rows are folded as (b*D + d)*N + n.
@@ -165,8 +165,8 @@ class ModalityStem(nn.Module):
     """Inverted bottleneck of convolutions from any number of modalities to SAM's three channels (2.5 i).
 
     Ours: it works at patch size, before the resampling to the encoder's size, and around it runs a residual: at first
-    the last layer is zero and SAM sees the mean of the channels as a grey picture, normalised by SAM's pixel statistics.
-    The input is normalised to mean 0 and deviation 1; that becomes the mean and deviation of SAM's own pictures.
+    the last layer is zero and SAM sees the mean of the channels as a grey picture in its own pixel statistics. The
+    input is normalised to mean 0 and deviation 1; that becomes the mean and deviation of SAM's pictures.
 
     Args:
         num_channels: C. encoder_size: (rows, columns). pixel_mean, pixel_std: (3, 1, 1), SAM's, in grey levels 0..255.
@@ -223,7 +223,7 @@ def attention(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class EncoderBlockAdapters(nn.Module):
-    """What fig. 4c inserts into one block of SAM's ViT; the block itself is handed in, so that its weights have one owner.
+    """What fig. 4c inserts into one block of SAM's ViT; the block is handed in, so that its weights have one owner.
 
     Args:
         adapter: class of the adapters. dim: width of the ViT. depth: D.
@@ -249,7 +249,7 @@ class EncoderBlockAdapters(nn.Module):
         return x + block.mlp(normed) + 0.5 * self.beside_mlp(normed)  # +
 
 
-# --------------------------------------------------------------------------------------------- mask decoder, 2.6, fig. 3c
+# ------------------------------------------------------------------------------------------- mask decoder, 2.6, fig. 3c
 
 
 class DecoderBlockAdapters(nn.Module):
@@ -266,7 +266,7 @@ class DecoderBlockAdapters(nn.Module):
         self.beside_mlp = token_adapter(dim, depth, skip=False)
         self.behind_image_to_token = image_adapter(dim, depth, skip=True)
 
-    def forward(self, block: nn.Module, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, grid, n: int):
+    def forward(self, block, tokens, image, token_pe, image_pe, grid: tuple[int, int], n: int) -> tuple[Tensor, Tensor]:
         """SAM's `TwoWayAttentionBlock.forward` with four adapters.
 
         Args:
@@ -298,7 +298,7 @@ def add_position(image: Tensor, image_pe: Tensor, n: int) -> Tensor:
     return (image.unflatten(0, (-1, image_pe.shape[0], n if image_pe.shape[0] > 1 else 1)) + image_pe).flatten(0, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 class MaskSAM(nn.Module):

@@ -1,4 +1,4 @@
-"""The prompt generator: features of SAM's image encoder -> auxiliary masks, boxes and class tokens (paper 2.3, fig. 3b).
+"""The prompt generator: encoder features -> auxiliary masks, boxes and class tokens (paper 2.3, fig. 3b).
 
     neck      ── conv ─────────────────────────────────┐ token grid
     tap 11    ── 1x1 ──────────── concat, conv ────────┤
@@ -34,8 +34,8 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 class Level(nn.Module):
     """One step down the pyramid: convolve and upsample what is above, concatenate the tap, convolve.
 
-    Ours: both 1 x 1 convolutions come before the upsampling, where there are fewest pixels; the release, which convolves
-    at full width and size, spends 37 % of its arithmetic in the generator.
+    Ours: both 1 x 1 convolutions come before the upsampling, where there are fewest pixels; the release, which
+    convolves at full width and size, spends 37 % of its arithmetic in the generator.
 
     Args:
         above_dim, tap_dim: input channels. dim: channels of the level. size: (rows, columns) of its feature map.
@@ -134,9 +134,9 @@ class PromptGenerator(nn.Module):
     def prompts(self, aux: dict[str, Tensor], mask_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Turn the auxiliary predictions into SAM's prompts (fig. 5 a-d).
 
-        Ours: the mask prompt is the mask's logits, which SAM's own mask input is too, so that the final loss reaches the
-        mask head; `mask_prompt="binary"` is the paper's wording. Ours: where a mask is empty its box is left out: the
-        learned box alone (c, d), the whole slice (a).
+        Ours: the mask prompt is the mask's logits, which SAM's own mask input is too, so that the final loss reaches
+        the mask head; `mask_prompt="binary"` is the paper's wording. Ours: where a mask is empty its box is left out:
+        the learned box alone (d), the whole slice (a).
 
         Args:
             aux: of `forward`. mask_size: (rows, columns) of SAM's mask input, four times the token grid.
