@@ -853,13 +853,13 @@ def label_map_to_segments(labels: Tensor, num_classes: int) -> Segments:
 def default_preset(source: DataSource, plan: Plan, cache_dir: str | Path) -> Preset:
     """Ours: sizes for a folder of which nothing else is known, from the median cached training case.
 
-    The patch is that case's slices, in multiples of 16 up to 256 x 256, and at most 8 deep; the encoder sees it four
+    The patch is that case's slices, in multiples of 4 up to 256 x 256, and at most 8 deep; the encoder sees it four
     times as large, which gives SAM's masks the patch's own resolution, up to SAM's 1024. Queries: half as many again as
     classes, in eights.
     """
     shapes = [load_cached(case, plan, cache_dir).label.shape for case in source.splits["train"]]
     depth, *plane = np.median(shapes, axis=0)
-    height, width = (min(256, 16 * int(np.ceil(side / 16))) for side in plane)
+    height, width = (min(256, 4 * int(np.ceil(side / 4))) for side in plane)
     return Preset(
         plan.labels, plan.modality, (min(8, round(depth)), height, width), (4 * height, 4 * width),
         num_queries=8 * int(np.ceil(1.5 * len(plan.labels) / 8)), epochs=500, flip_axes=plan.flip_axes,

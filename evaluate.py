@@ -260,7 +260,9 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     model, content = load_checkpoint(args.ckpt, args.sam_checkpoint)
     plan = data.Plan.from_dict(content["plan"])
     cases = find_cases(args, plan, content["arguments"])
-    problems = [problem for case in tqdm(cases, "checking", leave=False) for problem in data.check_case(case, len(plan.labels))]
+    problems = []
+    for case in tqdm(cases, "checking", leave=False):
+        problems += data.check_case(case, len(plan.labels))
     if problems:
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -279,9 +281,8 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     print(f"wrote {len(cases)} label maps to {output}")
     if not scores:
         return None
-    facts = {"checkpoint": str(args.ckpt), "epoch": content["epoch"], "data": plan.data, "split": args.split, "amp": amp}
     results = summarize(scores, plan.labels)
-    results = {"mean_dice": results.pop("mean_dice")} | facts | results
+    results |= {"checkpoint": args.ckpt, "epoch": content["epoch"], "data": plan.data, "split": args.split, "amp": amp}
     print_table(results)
     write_metrics(output, results)
     return results

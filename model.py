@@ -597,11 +597,18 @@ def save_checkpoint(path: str | Path, model: MaskSAM, sam: dict, plan: dict, **f
     Args:
         path: file to write. sam: of `build_model`. plan: of the data, as plain types. facts: further plain values
             or tensors, such as epoch, metrics, arguments, commit, optimizer.
+    Raises:
+        OSError: it could not be written; what was there before is still there.
     """
     content = {"config": dataclasses.asdict(model.config), "sam": sam, "plan": plan, "state": trained_state(model)}
-    partial_path = f"{path}.partial"
-    torch.save(content | facts, partial_path)
-    os.replace(partial_path, path)
+    partial_path = Path(f"{path}.partial")
+    try:
+        torch.save(content | facts, partial_path)
+        os.replace(partial_path, path)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full?") from error
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:

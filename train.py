@@ -89,10 +89,10 @@ def recipe(preset: data.Preset, sam: str) -> data.Preset:
     if sam != "tiny" or preset.sam == "tiny":
         return preset
     depth, *patch = preset.patch_size
-    height, width = (min(side, 192) for side in patch)
-    scale = 4 if max(height, width) <= 64 else 2  # a token sees 4 x 4 or 8 x 8 voxels
+    scale = 4 if max(patch) <= 64 else 2  # a token sees 4 x 4 or 8 x 8 voxels
+    height, width = (min(-(-side // 8) * 8, 128) if scale == 2 else side for side in patch)
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": (scale * height, scale * width)}
-    return dataclasses.replace(preset, sam=sam, epochs=24, iterations=250, batch_size=1, **sizes)
+    return dataclasses.replace(preset, sam=sam, epochs=60, iterations=250, batch_size=1, **sizes)
 
 
 def resolve(args: argparse.Namespace, preset: data.Preset) -> None:
@@ -298,11 +298,12 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
         entry = {"epoch": epoch + 1} | entry | {"seconds": time.time() - epoch_began, "val_dice": None}
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
             results = validate(model, validation_cases, plan, cache, args, device, rank, world)
-            entry |= {"val_dice": results["mean_dice"], "val_dice_per_class": results["per_class"]}
+            # Validation cases without any object have no Dice; 0 lets the run keep a checkpoint all the same.
+            entry |= {"val_dice": results["mean_dice"] or 0.0, "val_dice_per_class": results["per_class"]}
         if rank == 0:
             entry |= {"gib": peak_memory(device), "seconds_with_validation": time.time() - epoch_began}
             state = {"epoch": epoch + 1, "metrics": {"val_dice": entry["val_dice"]}} | facts
-            if (entry["val_dice"] or -1.0) > best:
+            if entry["val_dice"] is not None and entry["val_dice"] > best:
                 best = entry["val_dice"]
                 save_checkpoint(run / "best.pt", model, sam, plan.as_dict(), **state)
             resumable = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best}
@@ -345,7 +346,8 @@ def write_text(path: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Set up the processes that torchrun started, or the one there is, and train."""
     args = parse_arguments(argv)
-    rank, local_rank, world = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         on_gpu = torch.cuda.is_available() and args.device != "cpu"
         if on_gpu:

@@ -724,18 +724,19 @@ def test_checkpoint_holds_no_frozen_sam(small, tmp_path):
     assert 4 * trainable < path.stat().st_size < 4 * trainable * 1.1 + 200_000
 
 
-def test_failed_save_leaves_the_old_checkpoint_whole(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("unexpected pos 64 vs 0\nmore")])
+def test_failed_save_leaves_the_old_checkpoint_whole(small, tmp_path, monkeypatch, error):
     path, net = saved(small, tmp_path)
-    before = path.read_bytes()
+    before, names = path.read_bytes(), sorted(tmp_path.iterdir())
 
     def fail(content, target):
         Path(target).write_bytes(b"half")
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=f"{path.name} could not be written .{str(error).splitlines()[0]}.: is the disk"):
         save_checkpoint(path, net, {"name": "small", "sha256": None}, PLAN)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == names
 
 
 def test_another_sam_file_than_the_one_trained_on_is_refused(small, tmp_path):

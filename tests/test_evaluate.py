@@ -1,0 +1,272 @@
+"""Windows that cover everything, Dice against brute force, and the command from checkpoint to files."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import phantom
+from model import MaskSAMConfig, build_model, save_checkpoint
+
+PATCH = (4, 64, 64)
+
+
+# ------------------------------------------------------------------------------------------------------- sliding window
+
+
+@pytest.mark.parametrize("length", range(4, 40))
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
+def test_windows_cover_every_voxel_and_end_flush(length, overlap):
+    starts = evaluate.window_starts(length, 4, overlap)
+    covered = {start + i for start in starts for i in range(4)}
+    assert covered == set(range(length)) and starts[0] == 0 and starts[-1] == length - 4
+    assert all(0 < b - a <= max(1, int(4 * (1 - overlap))) for a, b in zip(starts, starts[1:]))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (5, 11, 17), (3, 8, 20), (1, 5, 3)], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_local_prediction_is_given_back_wherever_the_windows_lie(shape, batch_size):
+    volume = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+    def predict(patches):
+        assert patches.shape[2:] == (4, 8, 8) and len(patches) <= batch_size
+        return torch.cat([patches, patches.sum(1, keepdim=True)], dim=1)
+
+    out = evaluate.sliding_window_inference(predict, volume, (4, 8, 8), 3, batch_size=batch_size)
+    expected = torch.cat([volume, volume.sum(0, keepdim=True)])
+    assert out.shape == expected.shape and torch.allclose(out, expected, atol=1e-5)
+
+
+def test_overlapping_windows_are_averaged_with_gaussian_weights():
+    """Three windows along one axis, each of which answers with its own number."""
+    answers = iter([1.0, 2.0, 4.0])
+    out = evaluate.sliding_window_inference(
+        lambda patches: torch.full((1, 1, 1, 1, 8), next(answers)), torch.zeros(1, 1, 1, 16), (1, 1, 8), 1
+    )
+    gauss = np.exp(-0.5 * ((np.arange(8) - 3.5) / (8 / 8)) ** 2)
+    gauss = np.maximum(gauss / gauss.max(), 1e-3)
+    total, weight = np.zeros(16), np.zeros(16)
+    for start, answer in zip((0, 4, 8), (1.0, 2.0, 4.0)):
+        total[start : start + 8] += answer * gauss
+        weight[start : start + 8] += gauss
+    assert np.allclose(out[0, 0, 0].numpy(), total / weight, rtol=1e-5)
+
+
+def test_what_is_added_to_a_small_volume_is_its_minimum_and_is_cut_off_again():
+    seen = []
+
+    def predict(patches):
+        seen.append(patches)
+        return patches
+
+    volume = torch.arange(2.0, 8.0).reshape(1, 1, 2, 3)
+    out = evaluate.sliding_window_inference(predict, volume, (2, 4, 4), 1)
+    assert torch.allclose(out, volume)
+    assert seen[0].sum() == volume.sum() + 2.0 * (32 - 6)
+
+
+def test_overlap_must_leave_a_step():
+    with pytest.raises(ValueError, match="overlap is 1"):
+        evaluate.sliding_window_inference(lambda x: x, torch.zeros(1, 2, 2, 2), (1, 1, 1), 1, overlap=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- Dice
+
+
+def test_dice_equals_sets_of_voxels():
+    rng = np.random.default_rng(0)
+    truth, prediction = rng.integers(0, 5, (2, 3, 7, 6))
+    for k, dice in enumerate(evaluate.dice_per_class(prediction, truth, 5), 1):
+        a, b = set(np.flatnonzero(truth == k)), set(np.flatnonzero(prediction == k))
+        assert dice == pytest.approx(2 * len(a & b) / (len(a) + len(b)))
+
+
+def test_a_class_in_neither_map_is_left_out_and_in_one_only_scores_nothing():
+    truth, prediction = np.zeros((2, 3, 4), np.uint8), np.zeros((2, 3, 4), np.uint8)
+    truth[0, 0, 0], prediction[1, 1, 1] = 1, 2
+    dice = evaluate.dice_per_class(prediction, truth, 4)
+    assert dice[0] == 0 and dice[1] == 0 and np.isnan(dice[2])
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(2, 3, 3\)"):
+        evaluate.dice_per_class(prediction, truth[..., :3], 4)
+
+
+def test_the_mean_is_over_cases_first_and_then_over_classes():
+    nan = np.nan
+    scores = {"a": np.array([1.0, 0.5]), "b": np.array([0.0, nan]), "c": np.array([0.5, nan])}
+    results = evaluate.summarize(scores, "xyz")
+    assert results["per_class"] == {"y": 0.5, "z": 0.5} and results["mean_dice"] == 0.5
+    results = evaluate.summarize({"a": np.array([1.0, nan, 0.2]), "b": np.array([0.4, nan, 0.4])}, "wxyz")
+    assert results["per_class"] == {"x": pytest.approx(0.7), "y": None, "z": pytest.approx(0.3)}
+    assert results["mean_dice"] == pytest.approx(0.5) and results["per_case"]["b"]["y"] is None
+    json.dumps(results, allow_nan=False)
+
+
+def test_nothing_to_score_is_no_number(capsys):
+    results = evaluate.summarize({"a": np.array([np.nan])}, ("background", "organ"))
+    assert results["mean_dice"] is None
+    evaluate.print_table(results)
+    assert "in no case" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A phantom of five patients and the checkpoint of a model that has seen none of them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    root, path = folder / "phantom", folder / "run" / "best.pt"
+    phantom.write_phantom(root, num_patients=5, seed=3)
+    path.parent.mkdir()
+    plan = data.make_plan(data.find_data("phantom", str(root)))
+    torch.manual_seed(0)
+    model, sam = build_model(MaskSAMConfig("tiny", "b9", 1, 4, 4, PATCH, (64, 64)))
+    # Untrained, but with queries of different classes whose masks differ from place to place.
+    torch.nn.init.normal_(model.classifier.weight)
+    torch.nn.init.normal_(model.class_tokens, std=5)
+    with torch.no_grad():
+        model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
+    arguments = {"data": "phantom", "root": str(root), "seed": 0}
+    save_checkpoint(path, model, sam, plan.as_dict(), epoch=7, arguments=arguments)
+    return root, path
+
+
+def test_the_checkpoint_alone_is_scored_and_written(trained, tmp_path, monkeypatch, capsys):
+    root, path = trained
+    monkeypatch.chdir(tmp_path)  # nothing may depend on where it runs
+    results = evaluate.main(["--ckpt", str(path)])
+    folder = path.parent / "predictions-val"
+    cases = data.find_data("phantom", str(root)).splits["val"]
+    assert json.loads((folder / "metrics.json").read_text()) == results
+    assert list(results["per_case"]) == [case.name for case in cases] and results["epoch"] == 7
+    for case in cases:
+        written, image = nib.load(folder / f"{case.name}.nii.gz"), nib.load(case.images[0])
+        assert written.shape == image.shape and np.array_equal(written.affine, image.affine)
+        prediction, truth = (np.asarray(nib.load(file).dataobj) for file in (written.get_filename(), case.label))
+        dice = evaluate.dice_per_class(prediction, truth.astype(np.uint8), 4)
+        assert list(results["per_case"][case.name].values()) == [None if np.isnan(d) else d for d in dice]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["case"] for row in rows] == [*results["per_case"], "mean"]
+    assert float(rows[0]["LV"]) == results["per_case"][cases[0].name]["LV"]
+    assert "mean" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_unlabelled_files_are_predicted_as_in_scoring_and_no_label_is_opened(trained, tmp_path, monkeypatch):
+    root, path = trained
+    cases = data.find_data("phantom", str(root)).splits["test"]
+    images, output = tmp_path / "images", tmp_path / "out" / "deep"
+    images.mkdir()
+    for case in cases:
+        os.link(case.images[0], images / f"{case.name}.nii.gz")
+    evaluate.main(["--ckpt", str(path), "--split", "test", "--output", str(tmp_path / "scored")])
+
+    def refuse(*args):
+        raise AssertionError("a label was opened")
+
+    monkeypatch.setattr(data, "_read_label", refuse)
+    assert evaluate.main(["--ckpt", str(path), "--input", str(images), "--output", str(output)]) is None
+    assert sorted(file.name for file in output.iterdir()) == sorted(f"{case.name}.nii.gz" for case in cases)
+    for case in cases:
+        both = [np.asarray(nib.load(f / f"{case.name}.nii.gz").dataobj) for f in (output, tmp_path / "scored")]
+        assert np.array_equal(*both)
+
+
+def test_a_prediction_lies_where_its_image_lies_however_that_is_stored(trained, tmp_path):
+    """One volume, stored in RAS and with axes flipped and swapped: the same label at the same place of the world."""
+    root, path = trained
+    image = nib.load(data.find_data("phantom", str(root)).splits["val"][0].images[0])
+    turned = image.as_reoriented(np.array([[1, -1], [0, 1], [2, -1]]))
+    (tmp_path / "in").mkdir()
+    nib.save(image, tmp_path / "in" / "straight.nii.gz")
+    nib.save(turned, tmp_path / "in" / "turned.nii.gz")
+    folders = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    evaluate.main(["--ckpt", str(path), *folders, "--amp", "off"])
+    straight, turned = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in ("straight", "turned"))
+    assert straight.shape != turned.shape or not np.allclose(straight.affine, turned.affine)
+    one, other = (np.asarray(nib.as_closest_canonical(label).dataobj) for label in (straight, turned))
+    # The mean over the voxels rounds differently in another order; a shift of one voxel would change a tenth of them.
+    assert (one == other).mean() > 0.999 and (one[1:] == other[:-1]).mean() < 0.9
+
+
+def test_channels_are_grouped_by_their_suffix(tmp_path):
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    assert [(case.name, len(case.images)) for case in data.find_images(tmp_path, 2)] == [("a", 2), ("b", 2)]
+    (tmp_path / "b_0001.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="b_0000.nii.gz of b, expected b_0000.nii.gz b_0001.nii.gz"):
+        data.find_images(tmp_path, 2)
+    for name in ("b_0000.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"):
+        (tmp_path / name).unlink()
+    (tmp_path / "amos_0001.nii.gz").touch()  # a number that is no channel
+    (tmp_path / "c_0000.nii").touch()
+    assert [case.name for case in data.find_images(tmp_path, 1)] == ["amos_0001", "c"]
+
+
+@pytest.mark.parametrize(
+    "spoil, arguments, message",
+    [
+        (None, ["--ckpt", "nowhere.pt"], "nowhere.pt: no such file"),
+        (None, ["--split", "holdout"], "--split holdout: .* has train, val, test"),
+        (None, ["--data", "acdc", "--root", "/nonexistent"], "/nonexistent: no such folder"),
+        (None, ["--overlap", "1"], "overlap is 1"),
+        (None, ["--input", "empty"], "empty: found no .nii or .nii.gz files"),
+        ("4-D", ["--input", "in"], r"a.nii.gz: found shape \(8, 8, 3, 2\), expected three dimensions"),
+        ("NaN", ["--input", "in"], "a.nii.gz: found 1 voxels of NaN or infinity"),
+        ("truncated", ["--input", "in"], "a.nii.gz: found a truncated file"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_message_and_no_output(trained, tmp_path, monkeypatch, spoil, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("empty").mkdir()
+    array = np.random.default_rng(0).normal(size=(8, 8, 3, 2) if spoil == "4-D" else (64, 64, 9)).astype(np.float32)
+    if spoil == "NaN":
+        array[1, 2, 1] = np.nan
+    nib.save(nib.Nifti1Image(array, np.eye(4)), "in/a.nii.gz")
+    nib.save(nib.Nifti1Image(array[..., :1].reshape(array.shape[0], -1, 1), np.eye(4)), "in/b.nii.gz")
+    if spoil == "truncated":
+        Path("in/a.nii.gz").write_bytes(Path("in/a.nii.gz").read_bytes()[:-2000])
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main(["--ckpt", str(trained[1]), "--output", "out", *arguments])
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_model_of_other_labels_is_refused(trained, tmp_path):
+    root = tmp_path / "set"
+    for name in ("a", "b"):
+        for folder in ("imagesTr", "labelsTr"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(np.zeros((9, 9, 3), np.uint8), np.eye(4)), root / folder / f"{name}.nii.gz")
+    facts = {"labels": {"0": "background", "1": "spleen"}, "modality": {"0": "MRI"}}
+    (root / "dataset.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit, match="the model knows .*RV.* has .*spleen"):
+        evaluate.main(["--ckpt", str(trained[1]), "--data", str(root)])
+
+
+def test_predictions_never_replace_the_images(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--ckpt", str(trained[1]), "--input", str(tmp_path), "--output", str(tmp_path / "x" / "..")])
+    assert "predictions would replace the images" in capsys.readouterr().err
+
+
+def test_labels_that_are_hidden_are_predicted_without_a_score(trained, tmp_path):
+    root = tmp_path / "acdc"
+    phantom.write_phantom(root, num_patients=5, seed=3)
+    (root / "training" / "patient005").rename(root / "training" / "patient089")  # the validation patient
+    for file in (root / "training" / "patient089").glob("patient005*"):
+        file.rename(file.with_name(file.name.replace("005", "089")))
+    hidden = root / "testing" / "patient101"
+    hidden.parent.mkdir()
+    (root / "training" / "patient004").rename(hidden)
+    for file in hidden.glob("patient004*"):
+        file.unlink() if "_gt" in file.name else file.rename(hidden / file.name.replace("004", "101"))
+    arguments = ["--ckpt", str(trained[1]), "--data", "acdc", "--root", str(root), "--output", str(tmp_path / "out")]
+    assert evaluate.main([*arguments, "--split", "testing"]) is None
+    assert len(list((tmp_path / "out").iterdir())) == 2
