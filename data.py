@@ -75,7 +75,7 @@ ACDC_TREE = """ROOT/[database/]training/patient001/Info.cfg
 PRESETS = {
     # Ours: sizes and schedule for some minutes on two cores.
     "phantom": Preset(
-        CARDIAC, "MR", (4, 96, 96), (192, 192), 8, sam="tiny", epochs=8, iterations=100, batch_size=2,
+        CARDIAC, "MR", (4, 80, 80), (240, 240), 8, sam="tiny", epochs=8, iterations=250, batch_size=1,
         flip_axes=(1, 2), home="phantom.py writes it", tree=ACDC_TREE,
     ),
     "acdc": Preset(

@@ -40,7 +40,7 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
     for name in (key for key in log[0] if key.startswith("loss")):
         style = {"color": "black", "linewidth": 2} if name == "loss" else {}
         left.plot(epochs, [entry[name] for entry in log], label=name.removeprefix("loss_").replace("_", " "), **style)
-    left.set(xlabel="epoch", title="training loss and its terms, unweighted", yscale="log")
+    left.set(xlabel="epoch", title="training loss, and its terms before weighting", yscale="log")
     left.legend(fontsize=7, ncols=2)
     scored = [entry for entry in log if entry["val_dice"] is not None]
     epochs = [entry["epoch"] for entry in scored]

@@ -138,6 +138,15 @@ def test_resuming_another_configuration_is_refused_with_the_difference(root, tmp
         run(root, tmp_path, "first", "--epochs", "2", "--iterations", "1", "--resume")
 
 
+def test_a_run_is_not_overwritten(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(root, tmp_path, "first", "--epochs", "1", "--iterations", "1")
+    before = (tmp_path / "runs/phantom-first/last.pt").read_bytes()
+    with pytest.raises(SystemExit, match="runs/phantom-first holds a run already: go on with --resume"):
+        run(root, tmp_path, "first", "--epochs", "1", "--iterations", "1")
+    assert (tmp_path / "runs/phantom-first/last.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
