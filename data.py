@@ -14,6 +14,7 @@ Letters: C channels, D slices, H rows, W columns, K classes with background. Spa
 """
 
 import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
@@ -151,8 +152,8 @@ def find_data(data: str, root: str | None = None, seed: int = 0) -> DataSource:
         write_phantom(path)
     finder = {"phantom": _find_acdc, "acdc": _find_acdc, "synapse": _find_synapse, "amos": _find_amos}[data]
     splits = finder(path, data, seed) if path.is_dir() else {}
-    if not splits.get("train") or not splits.get("val"):
-        found = "no such folder" if not path.is_dir() else "found no cases to train and validate on"
+    if not splits:
+        found = "found no cases" if path.is_dir() else "no such folder"
         raise FileNotFoundError(f"{path}: {found}. Expected {data}, from {preset.home}:\n{preset.tree}\nSee --root.")
     return DataSource(data, str(path), preset.modality, (preset.modality,), preset.labels, preset.flip_axes, splits)
 
@@ -634,12 +635,18 @@ def _foreground_voxels(label: np.ndarray) -> np.ndarray:
 
 
 def write_whole(path: Path, write: Callable) -> None:
-    """Call `write` with a temporary file beside `path`, then rename it: the file is whole or not there."""
+    """Call `write` with a temporary file beside `path`, then rename it: the file is whole or as it was before.
+
+    Raises:
+        OSError: naming the file, where it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}): is there space, and may you write?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -685,12 +692,9 @@ def write_label_map(path: str | Path, label: np.ndarray, geometry: Geometry) -> 
     image.header.set_xyzt_units("mm")
     image.set_sform(geometry.affine, code="scanner")
     image.set_qform(geometry.affine, code="scanner")
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the ending, by which nibabel knows the format
-    try:
-        nib.save(image, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = image.to_bytes()
+    content = gzip.compress(content, compresslevel=1, mtime=0) if path.suffix == ".gz" else content
+    write_whole(path, lambda file: file.write(content))
 
 
 # --------------------------------------------------------------------------------------------- patches and augmentation

@@ -209,7 +209,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sam-checkpoint", help="SAM's own weights, if not in the cache")
     add("--data", help="preset or folder (default: what it was trained on)")
     add("--root", help="where a preset's files lie (default: as in training)")
-    add("--split", default="val", help="cases to score (default: %(default)s)")
+    add("--split", default="val", help="cases to score: val, test, ... or all (default: %(default)s)")
     add("--input", help="folder of unlabelled NIfTI files to predict, instead of a split")
     add("--output", help="folder for the predictions (default: predictions-<split> beside the checkpoint)")
     add("--overlap", type=float, default=0.5, help="of neighbouring windows (default: %(default)s)")
@@ -241,9 +241,10 @@ def find_cases(args: argparse.Namespace, plan: data.Plan, trained_with: dict) ->
             f"{args.ckpt}: the model knows {plan.labels} from {len(plan.channels)} channels, "
             f"{source.root} has {source.labels} from {len(source.channels)}"
         )
-    if args.split not in source.splits:
-        raise ValueError(f"--split {args.split}: {source.root} has {', '.join(source.splits)}")
-    return source.splits[args.split]
+    splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
+    if args.split not in splits:
+        raise ValueError(f"--split {args.split}: {source.root} has {', '.join(splits)}")
+    return splits[args.split]
 
 
 def main(argv: list[str] | None = None) -> dict | None:

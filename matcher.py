@@ -204,11 +204,11 @@ class SetCriterion(nn.Module):
         """
         terms = pairwise_terms(outputs, segments)
         assigned = self.matcher(terms, segments.present)
-        count = segments.present.sum().float()
+        count, ranks = segments.present.sum().float(), 1
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
-            count = count / dist.get_world_size()
-        count = count.clamp(min=1.0)
+            ranks = dist.get_world_size()
+        count = count.clamp(min=1.0) / ranks
 
         losses = {name: torch.where(assigned, term, 0.0).sum() / count for name, term in terms.items()}
         nothing = -outputs["class_logits"].float().log_softmax(-1)[..., -1]

@@ -606,7 +606,8 @@ def save_checkpoint(path: str | Path, model: MaskSAM, sam: dict, plan: dict, **f
         torch.save(content | facts, partial_path)
         os.replace(partial_path, path)
     except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full?") from error
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): is there space, and may you write?") from error
     finally:
         partial_path.unlink(missing_ok=True)
 

@@ -159,7 +159,10 @@ def draw_frame(
 def main(argv: list[str] | None = None) -> None:
     """Write the default set to the folder given."""
     arguments = sys.argv[1:] if argv is None else argv
-    write_phantom(arguments[0] if arguments else "data/phantom")
+    try:
+        write_phantom(arguments[0] if arguments else "data/phantom")
+    except OSError as error:
+        raise SystemExit(f"phantom.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def recipe(preset: data.Preset, sam: str) -> data.Preset:
     scale = 4 if max(patch) <= 64 else 3
     height, width = (min(-(-side // 16) * 16, 96) if scale == 3 else side for side in patch)
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": (scale * height, scale * width)}
-    return dataclasses.replace(preset, sam=sam, epochs=60, iterations=250, batch_size=1, **sizes)
+    epochs = 60 if scale == 4 else 40
+    return dataclasses.replace(preset, sam=sam, epochs=epochs, iterations=250, batch_size=1, **sizes)
 
 
 def resolve(args: argparse.Namespace, preset: data.Preset) -> None:
@@ -243,6 +244,10 @@ def train_epoch(epoch: int, batches, model, criterion, optimizer, scaler, args, 
 def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
     """Run the whole training; returns the results of the best checkpoint on the validation cases."""
     source = data.find_data(args.data, args.root, seed=args.seed)
+    for split in ("train", "val"):
+        if not source.splits.get(split):
+            found = ", ".join(source.splits)
+            raise ValueError(f"{source.root}: found no case of the {split} split, only of {found}")
     cache = Path(args.cache) / source.name
     if rank == 0:
         plan = data.prepare(source, cache)

@@ -150,12 +150,11 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     data.write_label_map(path, np.ones((2, 3, 4), np.uint8), geometry)
     before = path.read_bytes()
 
-    def half(image, target):
-        Path(target).write_bytes(b"half")
+    def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(nib, "save", half)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(data.os, "replace", fail)  # the last step: all has been written to the temporary file
+    with pytest.raises(OSError, match=f"{path} could not be written .disk full"):
         data.write_label_map(path, np.zeros((2, 3, 4), np.uint8), geometry)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.nii.gz"]
 

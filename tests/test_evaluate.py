@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -57,6 +58,11 @@ def test_overlapping_windows_are_averaged_with_gaussian_weights():
         total[start : start + 8] += answer * gauss
         weight[start : start + 8] += gauss
     assert np.allclose(out[0, 0, 0].numpy(), total / weight, rtol=1e-5)
+
+
+def test_far_corners_keep_a_weight():
+    weights = evaluate.gaussian_weights((8, 64, 64))
+    assert weights.max() == 1 and weights.min() == pytest.approx(1e-3)
 
 
 def test_what_is_added_to_a_small_volume_is_its_minimum_and_is_cut_off_again():
@@ -213,7 +219,7 @@ def test_channels_are_grouped_by_their_suffix(tmp_path):
     "spoil, arguments, message",
     [
         (None, ["--ckpt", "nowhere.pt"], "nowhere.pt: no such file"),
-        (None, ["--split", "holdout"], "--split holdout: .* has train, val, test"),
+        (None, ["--split", "holdout"], "--split holdout: .* has train, val, test, all"),
         (None, ["--data", "acdc", "--root", "/nonexistent"], "/nonexistent: no such folder"),
         (None, ["--overlap", "1"], "overlap is 1"),
         (None, ["--input", "empty"], "empty: found no .nii or .nii.gz files"),
@@ -254,6 +260,18 @@ def test_predictions_never_replace_the_images(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--ckpt", str(trained[1]), "--input", str(tmp_path), "--output", str(tmp_path / "x" / "..")])
     assert "predictions would replace the images" in capsys.readouterr().err
+
+
+def test_a_folder_of_test_patients_alone_is_scored(trained, tmp_path):
+    patient = tmp_path / "acdc" / "training" / "patient088"  # one of ACDC's test patients
+    shutil.copytree(trained[0] / "training" / "patient005", patient)
+    for file in patient.glob("patient005*"):
+        file.rename(patient / file.name.replace("005", "088"))
+    arguments = ["--ckpt", str(trained[1]), "--data", "acdc", "--root", str(tmp_path / "acdc")]
+    test, everything = (
+        evaluate.main([*arguments, "--split", split, "--output", str(tmp_path / split)]) for split in ("test", "all")
+    )
+    assert test["per_case"] == everything["per_case"] and len(test["per_case"]) == 2
 
 
 def test_labels_that_are_hidden_are_predicted_without_a_score(trained, tmp_path):

@@ -734,7 +734,8 @@ def test_failed_save_leaves_the_old_checkpoint_whole(small, tmp_path, monkeypatc
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match=f"{path.name} could not be written .{str(error).splitlines()[0]}.: is the disk"):
+    reason = str(error).splitlines()[0]
+    with pytest.raises(OSError, match=f"{path.name} could not be written .{reason}.: is there space"):
         save_checkpoint(path, net, {"name": "small", "sha256": None}, PLAN)
     assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == names
 
