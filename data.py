@@ -736,6 +736,8 @@ class PatchDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """image (C, D, H, W) float32 and labels (D, H, W) int64 of patch `index`."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"patch {index} of {self.length}")  # ends a `for` loop over the data set
         rng = np.random.default_rng((self.seed, index))
         case = _open_parts(self.stems[rng.integers(len(self.stems))])
         low = self._corner(case["label"].shape, case["foreground"], rng)
@@ -829,7 +831,8 @@ def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
         mean = image.mean((1, 2, 3), keepdim=True)
         image = ((image - mean) * factor + mean).clamp(image.min(), image.max())
     if (factor := draw(LOW_RESOLUTION)) is not None:  # in plane: C and D are batch and channels here
-        small = F.interpolate(image, size=[max(1, round(n * factor)) for n in image.shape[2:]])
+        size = [max(1, round(n * factor)) for n in image.shape[2:]]
+        small = F.interpolate(image, size=size, mode="nearest-exact")  # "nearest" would shift by half a pixel
         image = F.interpolate(small, size=image.shape[2:], mode="bilinear", align_corners=False)
     if (power := draw(GAMMA)) is not None:
         low, span = image.min(), (image.max() - image.min()).clamp(min=1e-6)

@@ -606,7 +606,7 @@ def save_checkpoint(path: str | Path, model: MaskSAM, sam: dict, plan: dict, **f
         torch.save(content | facts, partial_path)
         os.replace(partial_path, path)
     except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"{path} could not be written ({reason}): is there space, and may you write?") from error
     finally:
         partial_path.unlink(missing_ok=True)
@@ -623,7 +623,11 @@ def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) 
         FileNotFoundError: no such file. ValueError: not a checkpoint of this code, or made on another SAM file.
     """
     content = read_checkpoint(path)
-    model, sam = build_model(MaskSAMConfig(**content["config"]), sam_checkpoint)
+    try:
+        config = MaskSAMConfig(**content["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a configuration that this code cannot build: {error}") from error
+    model, sam = build_model(config, sam_checkpoint)
     if sam["sha256"] != content["sam"]["sha256"]:
         raise ValueError(
             f"{path} was trained on SAM {content['sam']['name']} with sha256 {content['sam']['sha256']}, "
@@ -641,7 +645,8 @@ def read_checkpoint(path: str | Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "sam", "plan", "state"} - content.keys()
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint of train.py: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable checkpoint of train.py: {reason}") from error
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     return content

@@ -416,7 +416,7 @@ def test_two_processes_pay_the_loss_of_one(tmp_path):
     torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
     per_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for task, (outputs, segments, ranks) in enumerate(two_rank_tasks()):
-        whole = {key: value.requires_grad_() for key, value in outputs.items()}
+        whole = {key: value.clone().requires_grad_() for key, value in outputs.items()}
         loss, _ = SetCriterion()(whole, segments)
         loss.backward()
         # DDP averages gradients over the two ranks. Float32: the sums run in another order.
