@@ -104,18 +104,21 @@ def default_amp(device: str | torch.device) -> str:
 
 def predict_case(
     model: MaskSAM, prepared: data.Prepared, device: str | torch.device = "cpu", amp: str = "off",
-    overlap: float = 0.5, batch_size: int = 1,
+    overlap: float = 0.5, batch_size: int = 1, mirror_axes: Sequence[int] = (),
 ) -> np.ndarray:  # fmt: skip
     """The label map (D, H, W) uint8 of a prepared case on the grid of its own file.
 
     Args:
         model: in evaluation mode, on `device`. prepared: of `prepare_case` or `load_cached`. amp: key of `AMP_TYPES`.
-        overlap, batch_size: of `sliding_window_inference`.
+        overlap, batch_size: of `sliding_window_inference`. mirror_axes: of (D, H, W); the semantic maps of all
+            combinations of flips along them are averaged. Those of a plan keep the labels right.
     """
+    axes = [axis - 3 for axis in mirror_axes]
+    flips = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
 
     def predict(volumes: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off"):
-            return model.predict(volumes)
+            return sum(model.predict(volumes.flip(flip)).flip(flip) for flip in flips) / len(flips)
 
     volume = torch.from_numpy(np.array(prepared.image))
     size, num_classes = model.config.patch_size, model.config.num_classes
@@ -214,6 +217,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", help="folder for the predictions (default: predictions-<split> beside the checkpoint)")
     add("--overlap", type=float, default=0.5, help="of neighbouring windows (default: %(default)s)")
     add("--batch", type=int, default=1, dest="batch_size", help="windows in one call (default: %(default)s)")
+    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average flips that keep labels right")
     add("--amp", choices=AMP_TYPES, help="autocast type (default: bf16 where the device has it, else fp16 or off)")
     add("--device", help="default: cuda if there is one")
     args = parser.parse_args(argv)
@@ -268,13 +272,14 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     amp = args.amp or default_amp(device)
+    mirror_axes = plan.flip_axes if args.mirror else ()
     model.to(device)
     output = Path(args.output or Path(args.ckpt).parent / f"predictions-{args.split}")
     output.mkdir(parents=True, exist_ok=True)
     scores = {}
     for case in tqdm(cases, "predicting"):
         prepared = data.prepare_case(dataclasses.replace(case, label=None), plan)
-        prediction = predict_case(model, prepared, device, amp, args.overlap, args.batch_size)
+        prediction = predict_case(model, prepared, device, amp, args.overlap, args.batch_size, mirror_axes)
         data.write_label_map(output / f"{case.name}.nii.gz", prediction, prepared.geometry)
         if case.label is not None:
             truth, _ = data.read_label(case, len(plan.labels))
@@ -284,6 +289,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         return None
     results = summarize(scores, plan.labels)
     results |= {"checkpoint": args.ckpt, "epoch": content["epoch"], "data": plan.data, "split": args.split, "amp": amp}
+    results |= {"overlap": args.overlap, "mirror_axes": list(mirror_axes)}
     print_table(results)
     write_metrics(output, results)
     return results

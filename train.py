@@ -163,11 +163,12 @@ def print_parameters(model: nn.Module) -> dict:
     return counts
 
 
-def validate(model: nn.Module, cases, plan, cache, args, device, rank: int, world: int) -> dict:
+def validate(model: nn.Module, cases, plan, cache, args, device, rank: int, world: int, mirror_axes=()) -> dict:
     """Score whole cases on their native grid, shared out over the ranks. Every rank returns the same results."""
     model.eval()
+    options = {"device": device, "amp": args.amp, "mirror_axes": mirror_axes}
     scores = {
-        case.name: evaluate.score_case(model, case, data.load_cached(case, plan, cache), device=device, amp=args.amp)
+        case.name: evaluate.score_case(model, case, data.load_cached(case, plan, cache), **options)
         for case in tqdm(cases[rank::world], desc="validation", leave=False, disable=rank > 0)
     }
     model.train()
@@ -330,7 +331,8 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
     if world > 1:
         dist.barrier()
     load_trained_state(model, read_checkpoint(run / "best.pt")["state"], run / "best.pt")
-    results = validate(model, validation_cases, plan, cache, args, device, rank, world)
+    # As evaluate.py does by default: mirrored, which validation while training has no time for.
+    results = validate(model, validation_cases, plan, cache, args, device, rank, world, plan.flip_axes)
     if rank == 0:
         evaluate.print_table(results)
         draw(run, model, validation_cases, plan, cache, args, device)
@@ -342,7 +344,8 @@ def draw(run: Path, model, cases, plan, cache, args, device) -> None:
     visualize.draw_curves(run / "log.jsonl", run / "curves.png")
     pictures = []
     for case in cases[:: max(1, len(cases) // 3)][:3]:
-        prediction = evaluate.predict_case(model.eval(), data.load_cached(case, plan, cache), device, args.amp)
+        prepared = data.load_cached(case, plan, cache)
+        prediction = evaluate.predict_case(model.eval(), prepared, device, args.amp, mirror_axes=plan.flip_axes)
         image, truth = data.read_for_picture(case, len(plan.labels))
         pictures.append((case.name, image, truth, prediction))
     visualize.draw_overlay(pictures, plan.labels, run / "overlay.png")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import nibabel as nib
@@ -81,6 +82,20 @@ def test_what_is_added_to_a_small_volume_is_its_minimum_and_is_cut_off_again():
 def test_overlap_must_leave_a_step():
     with pytest.raises(ValueError, match="overlap is 1"):
         evaluate.sliding_window_inference(lambda x: x, torch.zeros(1, 2, 2, 2), (1, 1, 1), 1, overlap=1)
+
+
+def test_mirroring_averages_the_flips_along_its_axes_alone():
+    """A model that is surer of class 1 the further to the right it looks, at most 1."""
+
+    def predict(volumes):
+        ramp = torch.linspace(0, 1, 8).expand(len(volumes), 1, 2, 6, 8)
+        return torch.cat([torch.full_like(ramp, 0.4), ramp], dim=1)
+
+    model = types.SimpleNamespace(config=types.SimpleNamespace(patch_size=(2, 6, 8), num_classes=2), predict=predict)
+    prepared = data.Prepared(np.zeros((1, 2, 6, 8), np.float32), None, data.Geometry(np.eye(4), (2, 6, 8), (1, 1, 1)))
+    right = np.broadcast_to(np.arange(8) >= 3, (2, 6, 8))
+    for mirror_axes, expected in (((), right), ((1,), right), ((2,), True), ((1, 2), True)):
+        assert (evaluate.predict_case(model, prepared, mirror_axes=mirror_axes) == expected).all(), mirror_axes
 
 
 # ----------------------------------------------------------------------------------------------------------------- Dice
@@ -171,13 +186,14 @@ def test_unlabelled_files_are_predicted_as_in_scoring_and_no_label_is_opened(tra
     images.mkdir()
     for case in cases:
         os.link(case.images[0], images / f"{case.name}.nii.gz")
-    evaluate.main(["--ckpt", str(path), "--split", "test", "--output", str(tmp_path / "scored")])
+    evaluate.main(["--ckpt", str(path), "--split", "test", "--output", str(tmp_path / "scored"), "--no-mirror"])
 
     def refuse(*args):
         raise AssertionError("a label was opened")
 
     monkeypatch.setattr(data, "_read_label", refuse)
-    assert evaluate.main(["--ckpt", str(path), "--input", str(images), "--output", str(output)]) is None
+    folders = ["--input", str(images), "--output", str(output)]
+    assert evaluate.main(["--ckpt", str(path), *folders, "--no-mirror"]) is None
     assert sorted(file.name for file in output.iterdir()) == sorted(f"{case.name}.nii.gz" for case in cases)
     for case in cases:
         both = [np.asarray(nib.load(f / f"{case.name}.nii.gz").dataobj) for f in (output, tmp_path / "scored")]
@@ -193,7 +209,7 @@ def test_a_prediction_lies_where_its_image_lies_however_that_is_stored(trained, 
     nib.save(image, tmp_path / "in" / "straight.nii.gz")
     nib.save(turned, tmp_path / "in" / "turned.nii.gz")
     folders = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    evaluate.main(["--ckpt", str(path), *folders, "--amp", "off"])
+    evaluate.main(["--ckpt", str(path), *folders, "--amp", "off", "--no-mirror"])
     straight, turned = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in ("straight", "turned"))
     assert straight.shape != turned.shape or not np.allclose(straight.affine, turned.affine)
     one, other = (np.asarray(nib.as_closest_canonical(label).dataobj) for label in (straight, turned))
@@ -267,7 +283,7 @@ def test_a_folder_of_test_patients_alone_is_scored(trained, tmp_path):
     shutil.copytree(trained[0] / "training" / "patient005", patient)
     for file in patient.glob("patient005*"):
         file.rename(patient / file.name.replace("005", "088"))
-    arguments = ["--ckpt", str(trained[1]), "--data", "acdc", "--root", str(tmp_path / "acdc")]
+    arguments = ["--ckpt", str(trained[1]), "--data", "acdc", "--root", str(tmp_path / "acdc"), "--no-mirror"]
     test, everything = (
         evaluate.main([*arguments, "--split", split, "--output", str(tmp_path / split)]) for split in ("test", "all")
     )
@@ -286,5 +302,5 @@ def test_labels_that_are_hidden_are_predicted_without_a_score(trained, tmp_path)
     for file in hidden.glob("patient004*"):
         file.unlink() if "_gt" in file.name else file.rename(hidden / file.name.replace("004", "101"))
     arguments = ["--ckpt", str(trained[1]), "--data", "acdc", "--root", str(root), "--output", str(tmp_path / "out")]
-    assert evaluate.main([*arguments, "--split", "testing"]) is None
+    assert evaluate.main([*arguments, "--split", "testing", "--no-mirror"]) is None
     assert len(list((tmp_path / "out").iterdir())) == 2

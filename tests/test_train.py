@@ -14,7 +14,7 @@ import phantom
 import train
 
 REPOSITORY = Path(__file__).parents[1]
-SMALL = "--sam tiny --patch 2 32 32 --encoder 64 64 --queries 4 --amp off --val-every 2 --lr 1e-3".split()
+SMALL = "--sam tiny --patch 4 64 64 --encoder 64 64 --queries 4 --amp off --val-every 2 --lr 1e-3".split()
 
 
 @pytest.fixture(scope="module")
