@@ -270,7 +270,7 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
     criterion = SetCriterion({"mask_bce": args.mask_weight, "mask_dice": args.mask_weight})
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=args.lr, weight_decay=args.weight_decay, eps=args.adam_eps,
+        lr=args.lr, weight_decay=args.weight_decay, eps=args.adam_eps, fused=True,
     )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
