@@ -281,7 +281,7 @@ def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
     """Unlabelled cases of a folder: CASE_0000.nii.gz and so on, one file a channel; of one channel CASE.nii.gz serves.
 
     Raises:
-        FileNotFoundError: no such folder, no NIfTI file in it, or a channel is missing.
+        FileNotFoundError: no such folder, no NIfTI file in it, or a channel is missing. ValueError: one is there twice.
     """
     endings = (".nii.gz", ".nii")
     files = sorted(file for file in Path(folder).glob("[!.]*") if file.name.endswith(endings))
@@ -291,10 +291,12 @@ def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
     for file in files:
         stem = file.name.removesuffix(".gz").removesuffix(".nii")
         numbered = re.fullmatch(r"(.+)_(\d{4})", stem)
+        name, channel = stem, 0
         if numbered and int(numbered[2]) < num_channels:
-            images.setdefault(numbered[1], {})[int(numbered[2])] = str(file)
-        else:
-            images.setdefault(stem, {})[0] = str(file)
+            name, channel = numbered[1], int(numbered[2])
+        other = images.setdefault(name, {}).setdefault(channel, str(file))
+        if other != str(file):
+            raise ValueError(f"{file}: found {other} as channel {channel} of {name} too, expected one file a channel")
     for name, files in images.items():
         if len(files) != num_channels:
             wanted = " ".join(f"{name}_{channel:04d}.nii.gz" for channel in range(num_channels))

@@ -14,6 +14,7 @@ overlay.png.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import resource
@@ -242,19 +243,38 @@ def train_epoch(epoch: int, batches, model, criterion, optimizer, scaler, args, 
     return {name: value / args.iterations for name, value in sums.items()} | {"lr": learning_rate(steps[-1], args)}
 
 
-def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
-    """Run the whole training; returns the results of the best checkpoint on the validation cases."""
+def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[data.DataSource, data.Plan, Path]:
+    """Find the cases and prepare them, rank 0 first; returns them with their plan and the folder of their cache."""
     source = data.find_data(args.data, args.root, seed=args.seed)
     for split in ("train", "val"):
         if not source.splits.get(split):
             found = ", ".join(source.splits)
             raise ValueError(f"{source.root}: found no case of the {split} split, only of {found}")
     cache = Path(args.cache) / source.name
+    if world > 1:  # preparing a large set takes longer than the usual ten minutes that processes wait for each other
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     if rank == 0:
         plan = data.prepare(source, cache)
     if world > 1:
-        dist.barrier()
+        dist.barrier(patient)
         plan = plan if rank == 0 else data.prepare(source, cache)  # finds everything done
+    return source, plan, cache
+
+
+def begin_log(run: Path, start: int, model: nn.Module, plan: data.Plan, sam: dict, facts: dict) -> None:
+    """Print and store the resolved configuration with the parameters of table 5; keep the log of `start` epochs."""
+    run.mkdir(parents=True, exist_ok=True)
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    resolved = {"model": dataclasses.asdict(model.config), "plan": plan.as_dict(), "sam": sam, "command": command}
+    print(json.dumps(resolved | facts, indent=1))
+    write_text(run / "config.json", json.dumps(resolved | facts | {"parameters": print_parameters(model)}, indent=1))
+    log_lines = (run / "log.jsonl").read_text().splitlines()[:start] if start else []
+    write_text(run / "log.jsonl", "".join(line + "\n" for line in log_lines))
+
+
+def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
+    """Run the whole training; returns the results of the best checkpoint on the validation cases."""
+    source, plan, cache = open_data(args, rank, world)
     resolve(args, data.PRESETS.get(args.data) or data.default_preset(source, plan, cache))
     args.num_classes = len(plan.labels)
     device = torch.device(args.device if ":" in args.device or args.device == "cpu" else f"{args.device}:{local_rank}")
@@ -282,14 +302,7 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
         raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
     facts = {"arguments": vars(args), "schedule": schedule(args, world), "commit": git_commit()}
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        command = shlex.join([Path(sys.executable).name, *sys.argv])
-        resolved = {"model": dataclasses.asdict(config), "plan": plan.as_dict(), "sam": sam, "command": command} | facts
-        print(json.dumps(resolved, indent=1))
-        resolved["parameters"] = print_parameters(model)
-        write_text(run / "config.json", json.dumps(resolved, indent=1))
-        log_lines = (run / "log.jsonl").read_text().splitlines()[:start] if start else []
-        write_text(run / "log.jsonl", "".join(line + "\n" for line in log_lines))
+        begin_log(run, start, model, plan, sam, facts)
 
     dataset = data.PatchDataset(
         source.splits["train"], plan, cache, config.patch_size,

@@ -229,6 +229,9 @@ def test_channels_are_grouped_by_their_suffix(tmp_path):
     (tmp_path / "amos_0001.nii.gz").touch()  # a number that is no channel
     (tmp_path / "c_0000.nii").touch()
     assert [case.name for case in data.find_images(tmp_path, 1)] == ["amos_0001", "c"]
+    (tmp_path / "c.nii.gz").touch()
+    with pytest.raises(ValueError, match="c_0000.nii: found .*c.nii.gz as channel 0 of c too, expected one file"):
+        data.find_images(tmp_path, 1)
 
 
 @pytest.mark.parametrize(
