@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=AMP_TYPES, help="autocast type (default: bf16 where the device has it, else fp16 or off)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute encoder blocks in backward")
     add("--workers", type=int, help="loading processes (default: 4 beside a GPU, else 0)")
-    add("--val-every", type=int, help="epochs between validations (default: a tenth of all)")
+    add("--val-every", type=int, help="epochs between validations (default: a tenth of all, 2 or more)")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda if there is one")
     add("--resume", action="store_true", help="go on from last.pt of this run")
@@ -116,7 +116,7 @@ def resolve(args: argparse.Namespace, preset: data.Preset) -> None:
     if args.checkpointing is None:  # Ours: `tiny` is small enough to keep its activations
         args.checkpointing = args.sam != "tiny"
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
-    args.val_every = args.val_every or max(1, args.epochs // 10)
+    args.val_every = args.val_every or max(2, args.epochs // 10)
     for name in ("epochs", "iterations", "batch_size", "accumulate", "lr", "clip"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.split('_')[0]} is {getattr(args, name)}, expected more than 0")
