@@ -88,16 +88,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def recipe(preset: data.Preset, sam: str) -> data.Preset:
     """What a backbone changes in a preset. Ours: with `tiny`, sizes and schedule for an hour on two cores.
 
-    A token sees 4 x 4 voxels of a small volume, else about 5 x 5, and SAM's masks have one, else 3/4 of the resolution:
-    with tokens of 8 x 8 the phantom's thin wall was lost (mean Dice 0.69 beside 0.90 after 1,000 steps).
+    A token sees 4 x 4 voxels of a small volume, about 5 x 5 of a middling one and 8 x 8 of a large one; SAM's masks
+    have one, 3/4 and 1/2 of the patch's resolution. On ACDC, where a small patch often misses the heart, the wider view
+    won: 160 x 160 voxels gave a validation Dice of 0.51 after 1,500 steps, 96 x 96 of 0.41 after 4,000. On the phantom
+    tokens of 8 x 8 lost the thin wall (0.69 beside 0.90 after 1,000 steps).
     """
     if sam != "tiny" or preset.sam == "tiny":
         return preset
     depth, *patch = preset.patch_size
-    scale = 4 if max(patch) <= 64 else 3
-    height, width = (min(-(-side // 16) * 16, 96) if scale == 3 else side for side in patch)
+    scale = 4 if max(patch) <= 64 else 3 if max(patch) <= 96 else 2
+    height, width = (side if scale == 4 else min(-(-side // 16) * 16, 160) for side in patch)
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": (scale * height, scale * width)}
-    epochs = 60 if scale == 4 else 40
+    epochs = 60 if scale == 4 else 36
     return dataclasses.replace(preset, sam=sam, epochs=epochs, iterations=250, batch_size=1, **sizes)
 
 
