@@ -1,34 +1,42 @@
-"""Evaluate a checkpoint on whole cases, or predict unlabelled ones (paper 3, tables 1-3).
+"""Predict whole cases with one or several checkpoints, and score label maps of any origin (paper 3, tables 1-3).
 
-    python evaluate.py --ckpt runs/acdc-vit_b/best.pt                  validation cases: NIfTI, Dice, metrics.json, .csv
+    python evaluate.py --ckpt runs/acdc-vit_b/best.pt                  validation cases: NIfTI, metrics.json and .csv
     python evaluate.py --ckpt FILE --split test                        another split of the training data
-    python evaluate.py --ckpt FILE --data acdc --root DIR              the same data somewhere else
+    python evaluate.py --ckpt A B C --split test                       the mean of several checkpoints
     python evaluate.py --ckpt FILE --input DIR --output DIR            unlabelled files; no label is ever opened
+    python evaluate.py --ckpt FILE --split testing --submission        hidden labels: files and a zip for the challenge
+    python evaluate.py --predictions DIR --data acdc --split test      score another program's files by the same rules
 
-    case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> semantic map (K, D, H, W) ── to_native ──> label map
+    case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> slabs (K, d, H, W) ── native_scores ──> label map
 
 The model is rebuilt from the checkpoint alone, and SAM's own file where SAM is frozen. Predictions go to
-predictions-<split> beside the checkpoint unless `--output` says otherwise.
+predictions-<split> beside the checkpoint unless `--output` says otherwise; what is there already, made by the same
+checkpoint, options and images, is not made again.
 
-Letters: C channels, D H W a whole volume, d h w a patch, K classes with background. Dice is a fraction.
+Letters: C channels, D H W a whole volume, d h w a patch, K classes with background.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
+import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
 import data
+import layouts
+import metrics
+import nifti
 from model import MaskSAM, load_checkpoint
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -42,11 +50,13 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     return [round(i * (length - window) / max(steps, 1)) for i in range(steps + 1)]
 
 
-def gaussian_weights(size: Sequence[int]) -> Tensor:
-    """Weights of a window's voxels: a Gaussian of sigma 1/8 of the window, at most 1 (nnU-Net's).
+def window_weights(size: Sequence[int], kind: str = "gaussian") -> Tensor:
+    """Weights of a window's voxels: "constant", or a "gaussian" of sigma 1/8 of the window, at most 1 (nnU-Net's).
 
     Ours: at least 1e-3, so that the far corners of a volume, which only one window sees, keep their digits.
     """
+    if kind == "constant":
+        return torch.ones(tuple(size))
     weights = torch.ones(())
     for n in size:
         distance = torch.arange(n) - (n - 1) / 2
@@ -54,42 +64,54 @@ def gaussian_weights(size: Sequence[int]) -> Tensor:
     return (weights / weights.max()).clamp(min=1e-3)
 
 
-@torch.no_grad()
 def sliding_window_inference(
-    predict: Callable[[Tensor], Tensor], volume: Tensor, patch_size: Sequence[int], num_classes: int,
-    overlap: float = 0.5, batch_size: int = 1, device: str | torch.device = "cpu",
-) -> Tensor:  # fmt: skip
-    """Average the semantic maps of overlapping windows with Gaussian weights.
+    predict: Callable[[Tensor], Tensor], volume: Tensor, patch_size: Sequence[int], overlap: float = 0.5,
+    batch_size: int = 1, weights: str = "gaussian", device: str | torch.device = "cpu", desc: str | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Average the semantic maps of overlapping windows, and give away slices as soon as no window will add to them.
 
     Args:
         predict: (B, C, d, h, w) on `device` -> (B, K, d, h, w). volume: (C, D, H, W) of any size; where it is smaller
-            than a window it is padded with each channel's minimum. patch_size: (d, h, w). num_classes: K.
+            than a window it is padded with each channel's minimum. patch_size: (d, h, w).
         overlap: share of a window that the next one covers again, in [0, 1). batch_size: windows in one call.
-    Returns:
-        (K, D, H, W) float32 on the CPU.
+        weights: of `window_weights`. desc: of a progress bar; None shows none.
+    Yields:
+        (K, n, H, W) float32 on the CPU: slabs in order, together D slices; no more than a window's depth and a batch
+        are held.
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap is {overlap}, expected a share from 0 up to but not including 1")
-    shape = volume.shape[1:]
-    spare = [max(p - n, 0) for p, n in zip(patch_size, shape)]
+    depth, *plane = volume.shape[1:]
+    spare = [max(p - n, 0) for p, n in zip(patch_size, volume.shape[1:])]
     before = [s // 2 for s in spare]
     if any(spare):
         sides = [side for s, b in zip(reversed(spare), reversed(before)) for side in (b, s - b)]
         floor = volume.amin((1, 2, 3), keepdim=True)
         volume = F.pad(volume - floor, sides) + floor
-    weights = gaussian_weights(patch_size)
-    total = torch.zeros(num_classes, *volume.shape[1:])
-    weight_sum = torch.zeros(volume.shape[1:])
-    starts = [window_starts(n, p, overlap) for n, p in zip(volume.shape[1:], patch_size)]
-    windows = [tuple(slice(s, s + p) for s, p in zip(low, patch_size)) for low in itertools.product(*starts)]
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        maps = predict(torch.stack([volume[:, *window] for window in batch]).to(device)).float().cpu()
-        for window, semantic in zip(batch, maps):
-            total[:, *window] += semantic * weights
-            weight_sum[window] += weights
-    inside = tuple(slice(b, b + n) for b, n in zip(before, shape))
-    return (total / weight_sum)[:, *inside]
+    inside = tuple(slice(b, b + n) for b, n in zip(before[1:], plane))
+    shape, weight = volume.shape[1:], window_weights(patch_size, weights)
+    starts = [window_starts(n, p, overlap) for n, p in zip(shape, patch_size)]
+    corners = list(itertools.product(*starts))  # depth changes last: all windows of some slices follow each other
+    total, weight_sum, done = None, torch.zeros(0, *shape[1:]), 0  # sums from slice `done` on
+    for first in tqdm(range(0, len(corners), batch_size), desc, leave=False, disable=desc is None):
+        batch = corners[first : first + batch_size]
+        windows = [tuple(slice(s, s + p) for s, p in zip(corner, patch_size)) for corner in batch]
+        maps = predict(torch.stack([volume[:, *window] for window in windows]).to(device)).float().cpu()
+        total = maps.new_zeros(maps.shape[1], 0, *shape[1:]) if total is None else total
+        new = windows[-1][0].stop - done - len(weight_sum)  # slices that no window has reached before
+        if new > 0:
+            total, weight_sum = F.pad(total, (0, 0, 0, 0, 0, new)), F.pad(weight_sum, (0, 0, 0, 0, 0, new))
+        for (slices, *place), semantic in zip(windows, maps):
+            place = (slice(slices.start - done, slices.stop - done), *place)
+            total[:, *place] += semantic * weight
+            weight_sum[place] += weight
+        final = corners[first + batch_size][0] if first + batch_size < len(corners) else shape[0]
+        if final > done:
+            mean = total[:, : final - done] / weight_sum[: final - done]
+            total, weight_sum = total[:, final - done :], weight_sum[final - done :]
+            low = before[0] if spare[0] else 0  # then one window is the whole depth
+            yield mean[:, low : low + depth, *inside]
+            done = final
 
 
 # ----------------------------------------------------------------------------------------------------------- prediction
@@ -102,103 +124,126 @@ def default_amp(device: str | torch.device) -> str:
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "off"
 
 
-def predict_case(
+def predict_scores(
     model: MaskSAM, prepared: data.Prepared, device: str | torch.device = "cpu", amp: str = "off",
-    overlap: float = 0.5, batch_size: int = 1, mirror_axes: Sequence[int] = (),
-) -> np.ndarray:  # fmt: skip
-    """The label map (D, H, W) uint8 of a prepared case on the grid of its own file.
+    mirror_axes: Sequence[int] = (), **windows,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The semantic map of a prepared case on the grid of its own file, some slices (K, n, H, W) at a time.
 
     Args:
         model: in evaluation mode, on `device`. prepared: of `prepare_case` or `load_cached`. amp: key of `AMP_TYPES`.
-        overlap, batch_size: of `sliding_window_inference`. mirror_axes: of (D, H, W); the semantic maps of all
-            combinations of flips along them are averaged. Those of a plan keep the labels right.
+        mirror_axes: of (D, H, W); the semantic maps of all combinations of flips along them are averaged. Those of a
+            plan keep the labels right. windows: of `sliding_window_inference`.
     """
     axes = [axis - 3 for axis in mirror_axes]
     flips = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
 
     def predict(volumes: Tensor) -> Tensor:
-        with torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off"):
+        with torch.no_grad(), torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off"):
             return sum(model.predict(volumes.flip(flip)).flip(flip) for flip in flips) / len(flips)
 
     volume = torch.from_numpy(np.array(prepared.image))
-    size, num_classes = model.config.patch_size, model.config.num_classes
-    semantic = sliding_window_inference(predict, volume, size, num_classes, overlap, batch_size, device)
-    return data.to_native(semantic, prepared.geometry)
+    slabs = sliding_window_inference(predict, volume, model.config.patch_size, device=device, **windows)
+    return data.native_scores(slabs, volume.shape[1], prepared.geometry)
 
 
-# -------------------------------------------------------------------------------------------------------------- metrics
-
-
-def dice_per_class(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
-    """Dice of the classes 1 ... K-1 of two label maps of one shape.
-
-    Returns:
-        (K-1,) float64: NaN for a class that is in neither map, 0 for one that is in one of them only.
-    """
-    if prediction.shape != truth.shape:
-        raise ValueError(f"the prediction is {prediction.shape}, the truth {truth.shape}: expected one shape")
-    # Counts of every (truth, prediction) pair: the confusion matrix, in one pass over the voxels.
-    pairs = truth.astype(np.int64) * num_classes + prediction
-    confusion = np.bincount(pairs.ravel(), minlength=num_classes**2).reshape(num_classes, num_classes)
-    sizes = (confusion.sum(0) + confusion.sum(1)).astype(np.float64)
-    return 2 * confusion.diagonal()[1:] / np.where(sizes > 0, sizes, np.nan)[1:]
-
-
-def score_case(model: MaskSAM, case: data.Case, prepared: data.Prepared, **options) -> np.ndarray:
-    """Predict a case and compare with its own label file: `dice_per_class` on the native grid.
+def predict_case(
+    models: Sequence[MaskSAM], prepared: Sequence[data.Prepared], largest: Sequence[int] = (), **options
+) -> np.ndarray:
+    """The label map (D, H, W) uint8 of a case on the grid of its own file.
 
     Args:
-        options: of `predict_case`.
+        models: whose semantic maps are averaged, on the file's grid: they may differ in patch and spacing.
+        prepared: the case, as the plan of each model prepares it. largest: ids for `keep_largest_component`.
+        options: of `predict_scores`.
+    """
+    streams = [predict_scores(model, case, **options) for model, case in zip(models, prepared)]
+    label = np.concatenate([sum(parts).argmax(0).to(torch.uint8).numpy() for parts in zip(*streams)])
+    return keep_largest_component(label, largest)
+
+
+def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
+    """Make background of all but the largest connected component (with corners, as in nnU-Net) of each given class.
+
+    Args:
+        label: (D, H, W), changed in place.
+    """
+    boxes = ndimage.find_objects(label)
+    for class_id in class_ids:
+        if class_id <= len(boxes) and boxes[class_id - 1] is not None:
+            part = label[boxes[class_id - 1]]
+            components, _ = ndimage.label(part == class_id, np.ones((3, 3, 3)))
+            sizes = np.bincount(components.ravel())
+            part[(components > 0) & (components != 1 + sizes[1:].argmax())] = 0
+    return label
+
+
+def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **options) -> dict[str, np.ndarray]:
+    """Predict a case and compare with its own label file, by Dice alone: what validation while training has time for.
+
+    Args:
+        options: of `predict_scores`.
     """
     num_classes = model.config.num_classes
-    truth, _ = data.read_label(case, num_classes)
-    return dice_per_class(predict_case(model, prepared, **options), truth, num_classes)
+    truth, _ = nifti.read_label(case.label, num_classes)
+    return {"dice": metrics.dice_per_class(predict_case([model], [prepared], **options), truth, num_classes)}
 
 
-def summarize(scores: dict[str, np.ndarray], labels: Sequence[str]) -> dict:
-    """Results of all cases: the mean over cases of each class, then the mean over classes.
+# ------------------------------------------------------------------------------------------------ folders of label maps
+
+
+def find_predictions(cases: Sequence[layouts.Case], folder: str | Path) -> list[Path]:
+    """The file of each case in another program's folder, under its name or an alias (patient001_ED, label0001).
+
+    Raises:
+        FileNotFoundError: listing every case that has no file, and every file that belongs to no case.
+    """
+    endings = (".nii.gz", ".nii")
+    files = {path.name: path for path in Path(folder).glob("[!.]*") if path.name.endswith(endings)}
+    found, problems = [], []
+    for case in cases:
+        names = [name + ending for name in (case.name, *case.aliases) for ending in endings]
+        own = [files.pop(name) for name in names if name in files]
+        found += own[:1]
+        if len(own) != 1:
+            what = " and ".join(map(str, own)) or "no file"
+            problems.append(f"{folder}: found {what} of {case.name}, expected one, {names[0]}")
+    problems += [f"{path}: found a file of no case of this split, expected none" for path in files.values()]
+    if problems:
+        raise FileNotFoundError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
+    return found
+
+
+def score_files(
+    cases: Sequence[layouts.Case], files: Sequence[Path], source: layouts.DataSource, tolerance: float = 1.0,
+    convention: str = "masksam", workers: int = 1,
+) -> dict:  # fmt: skip
+    """Read the label maps of cases and compare them with the truth, all files checked before the first is scored.
 
     Args:
-        scores: case -> `dice_per_class`. labels: names by id, with background.
+        files: one for each case. source: for labels and the scored subset. tolerance: of NSD, in mm. convention: of
+            `metrics.score_maps`. workers: threads.
     Returns:
-        mean_dice, per_class {label: dice}, per_case {case: {label: dice}}; None where a class was never seen.
+        `metrics.summarize`.
+    Raises:
+        ValueError: listing every file with another shape, another place or other labels than the truth.
     """
+    num_classes = len(source.labels)
 
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
+    def check(pair: tuple[layouts.Case, Path]) -> list[str]:
+        case, file = pair
+        return nifti.check_case(dataclasses.replace(case, images=()), num_classes, [file])
 
-    per_case = {
-        name: {label: None if np.isnan(value) else float(value) for label, value in zip(labels[1:], values)}
-        for name, values in scores.items()
-    }
-    per_class = {label: mean([values[label] for values in per_case.values()]) for label in labels[1:]}
-    return {"mean_dice": mean(list(per_class.values())), "per_class": per_class, "per_case": per_case}
-
-
-def print_table(results: dict) -> None:
-    """Dice by class, with the range over cases."""
-    width = max(len(label) for label in [*results["per_class"], "class"])
-    print(f"{'class':{width}s}   Dice    worst   best   cases")
-    for label, dice in results["per_class"].items():
-        values = [scores[label] for scores in results["per_case"].values() if scores[label] is not None]
-        if values:
-            print(f"{label:{width}s}  {dice:.4f}  {min(values):.4f}  {max(values):.4f}  {len(values):4d}")
-        else:
-            print(f"{label:{width}s}    in no case")
-    mean = results["mean_dice"]
-    print(f"{'mean':{width}s}  " + ("unknown: no class in any case" if mean is None else f"{mean:.4f}"))
-
-
-def write_metrics(folder: Path, results: dict) -> None:
-    """metrics.json, all of `results`; metrics.csv, one row a case and the means below. Absent classes are empty."""
-    data.write_whole(folder / "metrics.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["case", *results["per_class"]])
-    rows = results["per_case"] | {"mean": results["per_class"]}
-    writer.writerows([name, *scores.values()] for name, scores in rows.items())
-    data.write_whole(folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
+    problems = [line for lines in data.parallel(check, list(zip(cases, files)), workers, "checking") for line in lines]
+    if problems:
+        raise ValueError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
+    scores = {}
+    for case, file in zip(tqdm(cases, "scoring"), files):
+        truth, geometry = nifti.read_label(case.label, num_classes)
+        prediction, _ = nifti.read_label(str(file), num_classes)
+        options = {"tolerance": tolerance, "convention": convention, "workers": workers}
+        scores[case.name] = metrics.score_maps(prediction, truth, geometry.spacing, num_classes, **options)
+    return metrics.summarize(scores, source.labels, source.scored)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -208,47 +253,65 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; None stands for what the checkpoint says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint that train.py wrote")
+    add("--ckpt", nargs="+", help="checkpoint that train.py wrote; of several the semantic maps are averaged")
+    add("--predictions", help="folder of another program's label maps to score, instead of --ckpt")
     add("--sam-checkpoint", help="SAM's own weights, if not in the cache")
     add("--data", help="preset or folder (default: what it was trained on)")
     add("--root", help="where a preset's files lie (default: as in training)")
-    add("--split", default="val", help="cases to score: val, test, ... or all (default: %(default)s)")
+    add("--split", default="val", help="cases: val, test, testing, ... or all (default: %(default)s)")
+    add("--fold", type=int, help="0 to 4 of five (default: as in training)")
     add("--input", help="folder of unlabelled NIfTI files to predict, instead of a split")
-    add("--output", help="folder for the predictions (default: predictions-<split> beside the checkpoint)")
+    add("--output", help="folder for predictions and metrics (default: predictions-<split> beside the checkpoint)")
+    add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="of neighbouring windows (default: %(default)s)")
+    add("--weights", choices=("gaussian", "constant"), default="gaussian", help="of a window's voxels")
     add("--batch", type=int, default=1, dest="batch_size", help="windows in one call (default: %(default)s)")
     add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average flips that keep labels right")
+    add("--largest-component", nargs="*", metavar="CLASS", dest="largest", help="keep only that (no name: of all)")
     add("--amp", choices=AMP_TYPES, help="autocast type (default: bf16 where the device has it, else fp16 or off)")
     add("--device", help="default: cuda if there is one")
+    add("--tolerance", type=float, default=1.0, help="of NSD, in mm (default: %(default)s)")
+    add("--metric-convention", choices=metrics.CONVENTIONS, default="masksam", dest="convention",
+        help="how other papers score absent classes (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, help="threads to check and score with (default: all cores)")
     args = parser.parse_args(argv)
+    if (args.ckpt is None) == (args.predictions is None):
+        parser.error("expected either --ckpt FILE or --predictions DIR")
+    if args.predictions and not args.data:
+        parser.error("--predictions needs --data, the data set that they belong to")
+    if args.predictions and (args.input or args.submission):
+        parser.error("--predictions are scored: --input and --submission belong to --ckpt")
     if args.input and not args.output:
         parser.error("--input needs --output, the folder for the predictions")
     if args.input and Path(args.input).resolve() == Path(args.output).resolve():
         parser.error(f"--input and --output are both {args.input}: predictions would replace the images")
     if args.batch_size < 1:
         parser.error(f"--batch is {args.batch_size}, expected 1 or more")
+    if args.tolerance <= 0:
+        parser.error(f"--tolerance is {args.tolerance}, expected millimetres above 0")
+    args.workers = args.workers or data.default_workers()
     return args
 
 
-def find_cases(args: argparse.Namespace, plan: data.Plan, trained_with: dict) -> tuple[data.Case, ...]:
-    """The cases to predict: of `--input`, or of a split of the data that the model fits.
+def find_cases(
+    args: argparse.Namespace, trained_with: Sequence[dict]
+) -> tuple[layouts.DataSource, Sequence[layouts.Case]]:
+    """The data set, and the cases of `--split`.
 
     Args:
-        plan: of the checkpoint. trained_with: train.py's arguments, from the checkpoint.
+        trained_with: train.py's arguments, from the checkpoints.
     """
-    if args.input:
-        return data.find_images(args.input, len(plan.channels))
-    root = args.root if args.data or args.root else trained_with["root"]
-    source = data.find_data(args.data or trained_with["data"], root, trained_with["seed"])
-    if (source.labels, len(source.channels)) != (plan.labels, len(plan.channels)):
-        raise ValueError(
-            f"{args.ckpt}: the model knows {plan.labels} from {len(plan.channels)} channels, "
-            f"{source.root} has {source.labels} from {len(source.channels)}"
-        )
+    first = trained_with[0] if trained_with else {"root": None, "seed": 0}
+    fold = first.get("fold") if args.fold is None else args.fold
+    root = args.root if args.data or args.root else first["root"]
+    source = layouts.find_data(args.data or first["data"], root, first["seed"], fold)
     splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
     if args.split not in splits:
         raise ValueError(f"--split {args.split}: {source.root} has {', '.join(splits)}")
-    return splits[args.split]
+    folds = {trained.get("fold") for trained in trained_with}
+    if len(folds) > 1 and args.split in ("train", "val"):
+        raise ValueError(f"--split {args.split}: the checkpoints are of folds {folds} and trained on each other's")
+    return source, splits[args.split]
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -262,37 +325,91 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def evaluate(args: argparse.Namespace) -> dict | None:
     """What `main` does with the arguments; all files are checked before anything is written."""
-    model, content = load_checkpoint(args.ckpt, args.sam_checkpoint)
-    plan = data.Plan.from_dict(content["plan"])
-    cases = find_cases(args, plan, content["arguments"])
-    problems = []
-    for case in tqdm(cases, "checking", leave=False):
-        problems += data.check_case(case, len(plan.labels))
-    if problems:
-        raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    amp = args.amp or default_amp(device)
-    mirror_axes = plan.flip_axes if args.mirror else ()
-    model.to(device)
-    output = Path(args.output or Path(args.ckpt).parent / f"predictions-{args.split}")
-    output.mkdir(parents=True, exist_ok=True)
-    scores = {}
-    for case in tqdm(cases, "predicting"):
-        prepared = data.prepare_case(dataclasses.replace(case, label=None), plan)
-        prediction = predict_case(model, prepared, device, amp, args.overlap, args.batch_size, mirror_axes)
-        data.write_label_map(output / f"{case.name}.nii.gz", prediction, prepared.geometry)
-        if case.label is not None:
-            truth, _ = data.read_label(case, len(plan.labels))
-            scores[case.name] = dice_per_class(prediction, truth, len(plan.labels))
-    print(f"wrote {len(cases)} label maps to {output}")
-    if not scores:
+    if args.predictions:
+        source, cases = find_cases(args, [])
+        files, output = find_predictions(cases, args.predictions), Path(args.output or args.predictions)
+        facts = {"predictions": args.predictions}
+    else:
+        source, cases, files, facts = predict(args)
+        output = files[0].parent
+    labelled = [(case, file) for case, file in zip(cases, files) if case.label is not None]
+    if not labelled:
+        if args.predictions:
+            raise ValueError(f"--split {args.split}: {source.root} has no labels there to score against")
         return None
-    results = summarize(scores, plan.labels)
-    results |= {"checkpoint": args.ckpt, "epoch": content["epoch"], "data": plan.data, "split": args.split, "amp": amp}
-    results |= {"overlap": args.overlap, "mirror_axes": list(mirror_axes)}
-    print_table(results)
-    write_metrics(output, results)
+    results = score_files(*zip(*labelled), source, args.tolerance, args.convention, args.workers)
+    facts |= {"data": source.name, "split": args.split, "fold": args.fold}
+    results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
+    metrics.print_table(results)
+    output.mkdir(parents=True, exist_ok=True)
+    metrics.write_metrics(output, results, nifti.write_whole)
     return results
+
+
+def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequence[layouts.Case], list[Path], dict]:
+    """Predict all cases that are not done yet.
+
+    Returns:
+        The data set (None for `--input`), the cases, the label map of each, and facts for the results.
+    """
+    models, contents = zip(*(load_checkpoint(path, args.sam_checkpoint) for path in args.ckpt))
+    plans = [data.Plan.from_dict(content["plan"]) for content in contents]
+    plan, device = plans[0], args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = None
+    if args.input:
+        cases = layouts.find_images(args.input, len(plan.channels))
+    else:
+        source, cases = find_cases(args, [content["arguments"] for content in contents])
+    for path, other in zip((*args.ckpt, source and source.root), (*plans, source)):
+        if other and (other.labels, len(other.channels)) != (plan.labels, len(plan.channels)):
+            raise ValueError(
+                f"{args.ckpt[0]}: the model knows {plan.labels} from {len(plan.channels)} channels, "
+                f"{path} has {other.labels} from {len(other.channels)}"
+            )
+    amp = args.amp or default_amp(device)
+    options = {"amp": amp, "overlap": args.overlap, "weights": args.weights}
+    options["mirror_axes"] = plan.flip_axes if args.mirror else ()
+    options["largest"] = class_ids(args.largest, plan.labels)
+    made_by = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
+
+    def description(case: layouts.Case) -> str:  # of what a label map depends on
+        images = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in case.images]
+        return "MaskSAM " + hashlib.sha256(json.dumps([made_by, options, images]).encode()).hexdigest()[:32]
+
+    check = data.parallel(lambda case: nifti.check_case(case, len(plan.labels)), cases, args.workers, "checking")
+    if problems := [problem for found in check for problem in found]:
+        raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
+    for model in models:
+        model.to(device)
+    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions-{args.split}")
+    output.mkdir(parents=True, exist_ok=True)
+    names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
+    files = [output / f"{name}.nii.gz" for name in names]
+    todo = [pair for pair in zip(cases, files) if nifti.read_description(pair[1]) != description(pair[0])]
+    for case, file in tqdm(todo, "predicting"):
+        prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in plans]
+        label = predict_case(models, prepared, device=device, batch_size=args.batch_size, desc=case.name, **options)
+        nifti.write_label_map(file, label, prepared[0].geometry, description(case))
+    print(f"{output}: wrote {len(todo)} label maps, {len(files) - len(todo)} were there")
+    if args.submission:
+        nifti.write_whole(output / "submission.zip", lambda file: zip_files(file, files))
+        print(f"{output / 'submission.zip'}: {len(files)} files")
+    return source, cases, files, {"checkpoint": args.ckpt, "epoch": [c["epoch"] for c in contents], **options}
+
+
+def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
+    """Ids of class names; of all but the background for an empty list, none for None."""
+    wrong = [name for name in names or () if name not in labels[1:]]
+    if wrong:
+        raise ValueError(f"--largest-component {' '.join(wrong)}: expected of {', '.join(labels[1:])}")
+    return [] if names is None else [labels.index(name) for name in names or labels[1:]]
+
+
+def zip_files(archive, files: Sequence[Path]) -> None:
+    """Write files, without their folders, into a zip archive (an open binary file)."""
+    with zipfile.ZipFile(archive, "w") as content:
+        for file in files:
+            content.write(file, file.name)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import layouts
+import metrics
+import nifti
 import visualize
 from evaluate import AMP_TYPES, default_amp
 from matcher import SetCriterion
@@ -52,10 +55,12 @@ from model import (
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; None stands for the preset's or the recipe's value and is filled in by `resolve`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Presets: " + ", ".join(data.PRESETS))
+    presets = "Presets: " + ", ".join(layouts.PRESETS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=presets)
     add = parser.add_argument
     add("--data", default="phantom", help="preset name, or a folder with a dataset.json (default: %(default)s)")
     add("--root", help="where a preset's files lie (default: data/<preset>)")
+    add("--fold", type=int, help="0 to 4 of five-fold cross-validation (default: the published split, else 0)")
     add("--cache", default="cache", help="where prepared cases are kept (default: %(default)s)")
     add("--name", help="the run is written to runs/<data>-<name> (default: the backbone's name)")
     add("--sam", choices=BACKBONES, help="backbone (default: the preset's)")
@@ -85,7 +90,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def recipe(preset: data.Preset, sam: str) -> data.Preset:
+def recipe(preset: layouts.Preset, sam: str) -> layouts.Preset:
     """What a backbone changes in a preset. Ours: with `tiny`, sizes and schedule for an hour on two cores.
 
     A token sees 4 x 4 voxels of a small volume, about 5 x 5 of a middling one and 8 x 8 of a large one; SAM's masks
@@ -103,14 +108,14 @@ def recipe(preset: data.Preset, sam: str) -> data.Preset:
     return dataclasses.replace(preset, sam=sam, epochs=epochs, iterations=250, batch_size=1, **sizes)
 
 
-def resolve(args: argparse.Namespace, preset: data.Preset) -> None:
+def resolve(args: argparse.Namespace, preset: layouts.Preset) -> None:
     """Fill in what the user left open, in place."""
     args.sam = args.sam or preset.sam
     defaults = dataclasses.asdict(recipe(preset, args.sam))
     for name, value in vars(args).items():
         if value is None and name in defaults:
             setattr(args, name, defaults[name])
-    args.name = args.name or args.sam
+    args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device.startswith("cuda")
     if args.amp is None:
@@ -179,7 +184,7 @@ def validate(model: nn.Module, cases, plan, cache, args, device, rank: int, worl
         parts = [None] * world
         dist.all_gather_object(parts, scores)
         scores = {name: score for part in parts for name, score in part.items()}
-    return evaluate.summarize({case.name: scores[case.name] for case in cases}, plan.labels)
+    return metrics.summarize({case.name: scores[case.name] for case in cases}, plan.labels)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -245,9 +250,9 @@ def train_epoch(epoch: int, batches, model, criterion, optimizer, scaler, args, 
     return {name: value / args.iterations for name, value in sums.items()} | {"lr": learning_rate(steps[-1], args)}
 
 
-def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[data.DataSource, data.Plan, Path]:
+def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.DataSource, data.Plan, Path]:
     """Find the cases and prepare them, rank 0 first; returns them with their plan and the folder of their cache."""
-    source = data.find_data(args.data, args.root, seed=args.seed)
+    source = layouts.find_data(args.data, args.root, args.seed, args.fold)
     for split in ("train", "val"):
         if not source.splits.get(split):
             found = ", ".join(source.splits)
@@ -256,7 +261,7 @@ def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[data.Dat
     if world > 1:  # preparing a large set takes longer than the usual ten minutes that processes wait for each other
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     if rank == 0:
-        plan = data.prepare(source, cache)
+        plan = data.prepare(source, cache, data.default_workers())
     if world > 1:
         dist.barrier(patient)
         plan = plan if rank == 0 else data.prepare(source, cache)  # finds everything done
@@ -277,7 +282,7 @@ def begin_log(run: Path, start: int, model: nn.Module, plan: data.Plan, sam: dic
 def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
     """Run the whole training; returns the results of the best checkpoint on the validation cases."""
     source, plan, cache = open_data(args, rank, world)
-    resolve(args, data.PRESETS.get(args.data) or data.default_preset(source, plan, cache))
+    resolve(args, layouts.PRESETS.get(args.data) or data.default_preset(source, plan, cache))
     args.num_classes = len(plan.labels)
     device = torch.device(args.device if ":" in args.device or args.device == "cpu" else f"{args.device}:{local_rank}")
 
@@ -326,7 +331,8 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
             results = validate(model, validation_cases, plan, cache, args, device, rank, world)
             # Validation cases without any object have no Dice; 0 lets the run keep a checkpoint all the same.
-            entry |= {"val_dice": results["mean_dice"] or 0.0, "val_dice_per_class": results["per_class"]}
+            per_class = {label: values["dice"] for label, values in results["per_class"].items()}
+            entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
         if rank == 0:
             entry |= {"gib": peak_memory(device), "seconds_with_validation": time.time() - epoch_began}
             state = {"epoch": epoch + 1, "metrics": {"val_dice": entry["val_dice"]}} | facts
@@ -349,7 +355,7 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
     # As evaluate.py does by default: mirrored, which validation while training has no time for.
     results = validate(model, validation_cases, plan, cache, args, device, rank, world, plan.flip_axes)
     if rank == 0:
-        evaluate.print_table(results)
+        metrics.print_table(results)
         draw(run, model, validation_cases, plan, cache, args, device)
     return results
 
@@ -360,8 +366,9 @@ def draw(run: Path, model, cases, plan, cache, args, device) -> None:
     pictures = []
     for case in cases[:: max(1, len(cases) // 3)][:3]:
         prepared = data.load_cached(case, plan, cache)
-        prediction = evaluate.predict_case(model.eval(), prepared, device, args.amp, mirror_axes=plan.flip_axes)
-        image, truth = data.read_for_picture(case, len(plan.labels))
+        options = {"device": device, "amp": args.amp, "mirror_axes": plan.flip_axes}
+        prediction = evaluate.predict_case([model.eval()], [prepared], **options)
+        image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(plan.labels))[0]
         pictures.append((case.name, image, truth, prediction))
     visualize.draw_overlay(pictures, plan.labels, run / "overlay.png")
     print(f"wrote {run}/best.pt, last.pt, config.json, log.jsonl, curves.png, overlay.png")
@@ -369,7 +376,7 @@ def draw(run: Path, model, cases, plan, cache, args, device) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    data.write_whole(path, lambda file: file.write(text.encode()))
+    nifti.write_whole(path, lambda file: file.write(text.encode()))
 
 
 def main(argv: list[str] | None = None) -> None:

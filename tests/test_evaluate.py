@@ -14,6 +14,8 @@ import torch
 
 import data
 import evaluate
+import layouts
+import nifti
 import phantom
 from model import MaskSAMConfig, build_model, save_checkpoint
 
@@ -92,7 +94,7 @@ def test_mirroring_averages_the_flips_along_its_axes_alone():
         return torch.cat([torch.full_like(ramp, 0.4), ramp], dim=1)
 
     model = types.SimpleNamespace(config=types.SimpleNamespace(patch_size=(2, 6, 8), num_classes=2), predict=predict)
-    prepared = data.Prepared(np.zeros((1, 2, 6, 8), np.float32), None, data.Geometry(np.eye(4), (2, 6, 8), (1, 1, 1)))
+    prepared = data.Prepared(np.zeros((1, 2, 6, 8), np.float32), None, nifti.Geometry(np.eye(4), (2, 6, 8), (1, 1, 1)))
     right = np.broadcast_to(np.arange(8) >= 3, (2, 6, 8))
     for mirror_axes, expected in (((), right), ((1,), right), ((2,), True), ((1, 2), True)):
         assert (evaluate.predict_case(model, prepared, mirror_axes=mirror_axes) == expected).all(), mirror_axes
@@ -146,7 +148,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     root, path = folder / "phantom", folder / "run" / "best.pt"
     phantom.write_phantom(root, num_patients=5, seed=3)
     path.parent.mkdir()
-    plan = data.make_plan(data.find_data("phantom", str(root)))
+    plan = data.make_plan(layouts.find_data("phantom", str(root)))
     torch.manual_seed(0)
     model, sam = build_model(MaskSAMConfig("tiny", "b9", 1, 4, 4, PATCH, (64, 64)))
     # Untrained, but with queries of different classes whose masks differ from place to place.
@@ -164,7 +166,7 @@ def test_the_checkpoint_alone_is_scored_and_written(trained, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)  # nothing may depend on where it runs
     results = evaluate.main(["--ckpt", str(path)])
     folder = path.parent / "predictions-val"
-    cases = data.find_data("phantom", str(root)).splits["val"]
+    cases = layouts.find_data("phantom", str(root)).splits["val"]
     assert json.loads((folder / "metrics.json").read_text()) == results
     assert list(results["per_case"]) == [case.name for case in cases] and results["epoch"] == 7
     for case in cases:
@@ -181,7 +183,7 @@ def test_the_checkpoint_alone_is_scored_and_written(trained, tmp_path, monkeypat
 
 def test_unlabelled_files_are_predicted_as_in_scoring_and_no_label_is_opened(trained, tmp_path, monkeypatch):
     root, path = trained
-    cases = data.find_data("phantom", str(root)).splits["test"]
+    cases = layouts.find_data("phantom", str(root)).splits["test"]
     images, output = tmp_path / "images", tmp_path / "out" / "deep"
     images.mkdir()
     for case in cases:
@@ -203,7 +205,7 @@ def test_unlabelled_files_are_predicted_as_in_scoring_and_no_label_is_opened(tra
 def test_a_prediction_lies_where_its_image_lies_however_that_is_stored(trained, tmp_path):
     """One volume, stored in RAS and with axes flipped and swapped: the same label at the same place of the world."""
     root, path = trained
-    image = nib.load(data.find_data("phantom", str(root)).splits["val"][0].images[0])
+    image = nib.load(layouts.find_data("phantom", str(root)).splits["val"][0].images[0])
     turned = image.as_reoriented(np.array([[1, -1], [0, 1], [2, -1]]))
     (tmp_path / "in").mkdir()
     nib.save(image, tmp_path / "in" / "straight.nii.gz")
@@ -220,18 +222,18 @@ def test_a_prediction_lies_where_its_image_lies_however_that_is_stored(trained, 
 def test_channels_are_grouped_by_their_suffix(tmp_path):
     for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
         (tmp_path / f"{name}.nii.gz").touch()
-    assert [(case.name, len(case.images)) for case in data.find_images(tmp_path, 2)] == [("a", 2), ("b", 2)]
+    assert [(case.name, len(case.images)) for case in layouts.find_images(tmp_path, 2)] == [("a", 2), ("b", 2)]
     (tmp_path / "b_0001.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match="b_0000.nii.gz of b, expected b_0000.nii.gz b_0001.nii.gz"):
-        data.find_images(tmp_path, 2)
+        layouts.find_images(tmp_path, 2)
     for name in ("b_0000.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"):
         (tmp_path / name).unlink()
     (tmp_path / "amos_0001.nii.gz").touch()  # a number that is no channel
     (tmp_path / "c_0000.nii").touch()
-    assert [case.name for case in data.find_images(tmp_path, 1)] == ["amos_0001", "c"]
+    assert [case.name for case in layouts.find_images(tmp_path, 1)] == ["amos_0001", "c"]
     (tmp_path / "c.nii.gz").touch()
     with pytest.raises(ValueError, match="c_0000.nii: found .*c.nii.gz as channel 0 of c too, expected one file"):
-        data.find_images(tmp_path, 1)
+        layouts.find_images(tmp_path, 1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 from scipy import ndimage
 
 import data
+import layouts
+import nifti
 import phantom
 
 PATIENTS = 10
@@ -23,10 +25,10 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def frames(root) -> list[tuple[np.ndarray, np.ndarray, tuple]]:
     """Image, label and spacing of every frame, ED and ES of a patient next to each other."""
-    source = data.find_data("phantom", str(root))
+    source = layouts.find_data("phantom", str(root))
     cases = sorted((case for split in source.splits.values() for case in split), key=lambda case: case.name)
     assert len(cases) == 2 * PATIENTS
-    return [(data.read_volume(case.images[0])[0], *data.read_label(case, 4)) for case in cases]
+    return [(nifti.read_volume(case.images[0])[0], *nifti.read_label(case.label, 4)) for case in cases]
 
 
 def best_interval_dice(image: np.ndarray, truth: np.ndarray) -> float:
@@ -51,7 +53,7 @@ def test_thresholds_fitted_on_the_truth_of_each_volume_fail(frames):
 
 
 def test_reader_finds_nothing_wrong(root):
-    assert data.check_source(data.find_data("phantom", str(root))) == []
+    assert data.check_source(layouts.find_data("phantom", str(root))) == []
 
 
 def test_muscle_lies_between_pool_and_everything_else(frames):

@@ -1,0 +1,347 @@
+"""Which data sets there are, where their files lie, and which case belongs to which split (paper 3).
+
+    PRESETS        name -> labels, where to get it, and the run that the paper made on it
+    find_data      --data, --root, --fold -> the cases of each split    (ACDC, Synapse, AMOS, any dataset.json folder)
+    find_images    a folder of unlabelled files -> cases
+
+Only names are read here; what is in the files is the business of nifti.py. A new data set needs a dataset.json beside
+it; a new preset an entry in PRESETS and a `_find_` function in FINDERS.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from phantom import write_phantom
+
+# -------------------------------------------------------------------------------------------------------------- presets
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One `--data` name: what its labels are and the run that the paper made on it (the authors' published constants).
+
+    labels: names by id, 0 is background. modality: "MR" or "CT". patch_size: (D, H, W) voxels. encoder_size: pixels.
+    flip_axes: of (D, H, W), where a flipped patch keeps its labels. scored: ids in the order of the paper's table, all
+    if empty. home, tree: where to get the files, and what they should look like.
+    """
+
+    labels: tuple[str, ...]
+    modality: str
+    patch_size: tuple[int, int, int]
+    encoder_size: tuple[int, int]
+    num_queries: int
+    sam: str = "vit_b"
+    epochs: int = 1000
+    iterations: int = 250
+    batch_size: int = 2
+    lr: float = 1e-3
+    weight_decay: float = 3e-5
+    adam_eps: float = 1e-8
+    clip: float = 12.0
+    mask_weight: float = 1.5
+    flip_axes: tuple[int, ...] = ()
+    scored: tuple[int, ...] = ()
+    home: str = ""
+    tree: str = ""
+
+
+CARDIAC = ("background", "RV", "Myo", "LV")
+ACDC_TREE = """ROOT/[database/]training/patient001/Info.cfg
+                                   patient001_frame01.nii.gz
+                                   patient001_frame01_gt.nii.gz
+                                   ..."""
+# fmt: off
+PRESETS = {
+    # Ours: sizes and schedule for some minutes on two cores.
+    "phantom": Preset(
+        CARDIAC, "MR", (4, 80, 80), (240, 240), 8, sam="tiny", epochs=8, iterations=250, batch_size=1,
+        flip_axes=(1, 2), home="phantom.py writes it", tree=ACDC_TREE,
+    ),
+    "acdc": Preset(
+        CARDIAC, "MR", (4, 256, 256), (1024, 1024), 8, epochs=500, flip_axes=(1, 2),
+        home="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html", tree=ACDC_TREE,
+    ),
+    "synapse": Preset(
+        ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
+         "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal", "left adrenal"),
+        "CT", (26, 256, 256), (256, 256), 24, scored=(8, 4, 3, 2, 6, 11, 1, 7),
+        home="https://www.synapse.org/#!Synapse:syn3193805 (RawData.zip)",
+        tree="ROOT/[Abdomen/RawData/]Training/{img/img0001.nii.gz,label/label0001.nii.gz}, Testing/img",
+    ),
+    "amos": Preset(
+        ("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
+         "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder",
+         "prostate/uterus"),
+        "CT", (9, 512, 512), (512, 512), 24, adam_eps=1e-4, mask_weight=1.2,
+        home="https://zenodo.org/records/7155725 (amos22.zip)",
+        tree="ROOT/[amos22/]{imagesTr,labelsTr,imagesVa,labelsVa,imagesTs}/amos_0001.nii.gz",
+    ),
+}
+# fmt: on
+
+# Patients and cases of the published splits (nnFormer's for ACDC, TransUNet's for Synapse).
+ACDC_TEST = {2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95}
+ACDC_VAL = {89, 90, 91, 93, 94, 96, 97, 98, 99, 100}
+SYNAPSE_TEST = {1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38}
+# Ours: held out of the 18 to choose a checkpoint; what others call validation is the test set.
+SYNAPSE_VAL = {27, 34, 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One volume: name, one file per channel, and the label file, or None where it is hidden.
+
+    aliases: what else its prediction may be called; first the name that its challenge wants submitted.
+    """
+
+    name: str
+    images: tuple[str, ...]
+    label: str | None
+    aliases: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """A data set on disk. splits: "train", "val" and as far as they exist others, each a tuple of cases.
+
+    "test" has labels and is never trained on; the labels of "testing" are hidden. scored: as in `Preset`.
+    """
+
+    name: str
+    root: str
+    modality: str
+    channels: tuple[str, ...]
+    labels: tuple[str, ...]
+    flip_axes: tuple[int, ...]
+    splits: dict[str, tuple[Case, ...]]
+    scored: tuple[int, ...] = ()
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+NUM_FOLDS = 5
+
+
+def find_data(data: str, root: str | None = None, seed: int = 0, fold: int | None = None) -> DataSource:
+    """Find the files of a data set and split them.
+
+    Args:
+        data: name of a preset, or the path of a folder with a `dataset.json`. root: where a preset's files lie, by
+            default data/<preset>; the phantom is written there if it is not. seed: of the shuffled folds.
+        fold: of five-fold cross-validation over all that is not "test". None: the published split where there is one,
+            else fold 0.
+    Raises:
+        FileNotFoundError: with where to get the data and the expected tree. ValueError: an unusable dataset.json, or
+            there is no such fold.
+    """
+    if data not in PRESETS:
+        return _find_folder(Path(data), seed, fold or 0)
+    preset = PRESETS[data]
+    path = Path(root or Path("data") / data)
+    if data == "phantom" and not path.exists():
+        write_phantom(path)
+    splits = {name: tuple(cases) for name, cases in FINDERS[data](path).items() if cases} if path.is_dir() else {}
+    if not splits:
+        found = "found no cases" if path.is_dir() else "no such folder"
+        raise FileNotFoundError(f"{path}: {found}. Expected {data}, from {preset.home}:\n{preset.tree}\nSee --root.")
+    if fold is not None or data == "amos":  # which publishes no split
+        pool = [case for split in ("train", "val") for case in splits.pop(split, ())]
+        train, val = split_cases(sorted(pool, key=lambda case: case.name), seed, fold or 0)
+        splits = {"train": train, "val": val} | splits
+    about = (preset.modality, (preset.modality,), preset.labels, preset.flip_axes, splits, preset.scored)
+    return DataSource(data, str(path), *about)
+
+
+def split_cases(cases: list[Case], seed: int, fold: int = 0) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Shuffle the patients with a seed and hold one of five parts out: (train, val), each in the order given.
+
+    The frames of a patient, CASE_frame01 and so on, stay together.
+    """
+    patient = [case.name.split("_frame")[0] for case in cases]
+    patients = list(dict.fromkeys(patient))
+    parts = np.array_split(np.random.default_rng(seed).permutation(len(patients)), NUM_FOLDS)
+    if not 0 <= fold < NUM_FOLDS or (fold and not len(parts[fold])):
+        raise ValueError(f"--fold {fold}: expected 0 to {min(NUM_FOLDS, len(patients)) - 1}")
+    held_out = {patients[i] for i in parts[fold]}
+    train = tuple(case for case, name in zip(cases, patient) if name not in held_out)
+    return train, tuple(case for case, name in zip(cases, patient) if name in held_out)
+
+
+def _find_acdc(root: Path) -> dict[str, list[Case]]:
+    return _find_cardiac(root, ACDC_VAL, ACDC_TEST)
+
+
+def _find_phantom(root: Path) -> dict[str, list[Case]]:
+    """Ours: of 34 patients the last 6 to test, 4 before them to validate."""
+    numbers = sorted(int(patient.name[7:]) for patient in _patients(root, "training"))
+    val, test = (max(1, round(share / 34 * len(numbers))) for share in (4, 6))
+    return _find_cardiac(root, set(numbers[-val - test : -test]), set(numbers[-test:]))
+
+
+def _patients(root: Path, folder: str) -> list[Path]:
+    base = root / "database" if (root / "database").is_dir() else root
+    return sorted((base / folder).glob("patient[0-9]*"))
+
+
+def _find_cardiac(root: Path, val: set[int], test: set[int]) -> dict[str, list[Case]]:
+    splits: dict[str, list[Case]] = {"train": [], "val": [], "test": [], "testing": []}
+    problems = []
+    for folder in ("training", "testing"):
+        for patient in _patients(root, folder):
+            number = int(patient.name[7:])
+            split = "test" if number in test else "val" if number in val else "train"
+            try:
+                splits["testing" if folder == "testing" else split] += _acdc_frames(patient)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return splits
+
+
+def _acdc_frames(patient: Path) -> list[Case]:
+    """End-diastole and end-systole of one patient. Only Info.cfg says which frames: patient 90 has 04, 11."""
+    file = patient / "Info.cfg"
+    text = file.read_text() if file.is_file() else "no such file"
+    info = dict(re.findall(r"^(ED|ES):\s*(\d+)", text, re.MULTILINE))
+    if len(info) < 2:
+        raise ValueError(f"{file}: found {text[:60]!r}, expected the lines 'ED: frame' and 'ES: frame'")
+    cases = []
+    for phase in ("ED", "ES"):
+        name = f"{patient.name}_frame{int(info[phase]):02d}"
+        label = patient / f"{name}_gt.nii.gz"
+        hidden = patient.parent.name == "testing" and not label.exists()
+        image = (str(patient / f"{name}.nii.gz"),)
+        cases.append(Case(name, image, None if hidden else str(label), (f"{patient.name}_{phase}",)))
+    return cases
+
+
+def _find_synapse(root: Path) -> dict[str, list[Case]]:
+    levels = ("Abdomen/RawData/Training", "RawData/Training", "Training", ".")
+    training = next(root / level for level in levels if (root / level).is_dir())
+    splits: dict[str, list[Case]] = {"train": [], "val": [], "test": [], "testing": []}
+    for folder in (training, training.parent / "Testing"):
+        for image in sorted((folder / "img").glob("img[0-9]*.nii*")):
+            number = int(re.search(r"\d+", image.name)[0])
+            label = folder / "label" / image.name.replace("img", "label")
+            hidden = folder.name == "Testing" and not label.exists()
+            split = "test" if number in SYNAPSE_TEST else "val" if number in SYNAPSE_VAL else "train"
+            names = (f"case{number:04d}", f"label{number:04d}", f"img{number:04d}")
+            case = Case(names[0], (str(image),), None if hidden else str(label), names[1:])
+            splits["testing" if folder.name == "Testing" else split].append(case)
+    return splits
+
+
+def _find_amos(root: Path) -> dict[str, list[Case]]:
+    base = root / "amos22" if (root / "amos22").is_dir() else root
+
+    def ct(part: str) -> list[Case]:
+        files = sorted((base / f"images{part}").glob("amos_[0-9][0-9][0-9][0-9].nii.gz"))
+        files = [file for file in files if int(file.name[5:9]) <= 500]  # above are MR
+        labels = base / f"labels{part}"
+        hidden = part == "Ts" and not labels.is_dir()
+        return [Case(file.name[:9], (str(file),), None if hidden else str(labels / file.name)) for file in files]
+
+    return {"train": ct("Tr"), "test": ct("Va"), "testing": ct("Ts")}
+
+
+FINDERS = {"phantom": _find_phantom, "acdc": _find_acdc, "synapse": _find_synapse, "amos": _find_amos}
+
+
+def _find_folder(root: Path, seed: int, fold: int) -> DataSource:
+    """A Decathlon or nnU-Net raw folder, from its dataset.json."""
+    file = root / "dataset.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--data {root}: neither a preset ({', '.join(PRESETS)}) nor a folder with a dataset.json. Expected\n"
+            "DIR/dataset.json with labels and modality (Decathlon) or channel_names (nnU-Net raw)\n"
+            "DIR/imagesTr/CASE[_0000].nii.gz\nDIR/labelsTr/CASE.nii.gz"
+        )
+    try:
+        description = json.loads(file.read_text())
+        table = description["labels"]  # id -> name in Decathlon, name -> id in nnU-Net
+        names = {int(key): name for key, name in table.items()} if "0" in table else {i: k for k, i in table.items()}
+        labels = tuple(names[index] for index in range(len(names)))
+        table = description.get("channel_names") or description["modality"]
+        channels = tuple(table[str(index)] for index in range(len(table)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: found {type(error).__name__} {error}, expected labels 0, 1, 2, ... with their names, and "
+            "modality or channel_names"
+        ) from error
+    cases = _folder_cases(root, len(channels), description.get("file_ending", ".nii.gz"))
+    if len(cases) < 2:
+        raise FileNotFoundError(f"{root}: found {len(cases)} cases, expected two or more in imagesTr and labelsTr")
+    modality = "CT" if "ct" in channels[0].lower().split() else "MR"
+    sided = any(word in label.lower() for label in labels for word in ("left", "right"))
+    flip_axes = () if sided else (2,)  # Ours: as patients are nearly symmetric; what has a side keeps it
+    splits = _folder_splits(root / "splits_final.json", cases, seed, fold)
+    return DataSource(root.resolve().name, str(root), modality, channels, labels, flip_axes, splits)
+
+
+def _folder_cases(root: Path, num_channels: int, ending: str) -> list[Case]:
+    """A case for every label, and for every image that none claims: `check_source` will miss its label."""
+    cases, claimed = [], set()
+    for label in sorted((root / "labelsTr").glob(f"[!.]*{ending}")):
+        name = label.name.removesuffix(ending)
+        images = [root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(num_channels)]
+        if num_channels == 1 and not images[0].exists():  # Decathlon numbers no channels
+            images = [root / "imagesTr" / f"{name}{ending}"]
+        cases.append(Case(name, tuple(map(str, images)), str(label)))
+        claimed.update(images)
+    for image in sorted((root / "imagesTr").glob(f"[!.]*{ending}")):
+        if image not in claimed:
+            name = image.name.removesuffix(ending)
+            cases.append(Case(name, (str(image),), str(root / "labelsTr" / image.name)))
+    return cases
+
+
+def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
+    """Unlabelled cases of a folder: CASE_0000.nii.gz and so on, one file a channel; of one channel CASE.nii.gz serves.
+
+    Raises:
+        FileNotFoundError: no such folder, no NIfTI file in it, or a channel is missing. ValueError: one is there twice.
+    """
+    endings = (".nii.gz", ".nii")
+    files = sorted(file for file in Path(folder).glob("[!.]*") if file.name.endswith(endings))
+    if not files:
+        raise FileNotFoundError(f"{folder}: found no .nii or .nii.gz files, expected the images to predict")
+    images: dict[str, dict[int, str]] = {}
+    for file in files:
+        stem = file.name.removesuffix(".gz").removesuffix(".nii")
+        numbered = re.fullmatch(r"(.+)_(\d{4})", stem)
+        name, channel = stem, 0
+        if numbered and int(numbered[2]) < num_channels:
+            name, channel = numbered[1], int(numbered[2])
+        other = images.setdefault(name, {}).setdefault(channel, str(file))
+        if other != str(file):
+            raise ValueError(f"{file}: found {other} as channel {channel} of {name} too, expected one file a channel")
+    for name, files in images.items():
+        if len(files) != num_channels:
+            wanted = " ".join(f"{name}_{channel:04d}.nii.gz" for channel in range(num_channels))
+            raise FileNotFoundError(f"{folder}: found {' '.join(files.values())} of {name}, expected {wanted}")
+    return tuple(Case(name, tuple(files[c] for c in range(num_channels)), None) for name, files in images.items())
+
+
+def _folder_splits(file: Path, cases: list[Case], seed: int, fold: int) -> dict[str, tuple[Case, ...]]:
+    """A fold of nnU-Net's splits_final.json, or where there is none, one of five shuffled folds."""
+    if not file.is_file():
+        return dict(zip(("train", "val"), split_cases(cases, seed, fold)))
+    by_name = {case.name: case for case in cases}
+    try:
+        folds = json.loads(file.read_text())
+        if not 0 <= fold < len(folds):
+            raise ValueError(f"--fold {fold}: {file} has folds 0 to {len(folds) - 1}")
+        splits = {split: tuple(by_name[name] for name in folds[fold][split]) for split in ("train", "val")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: found {type(error).__name__} {error}, expected a list of folds with the keys train and val and "
+            f"names such as {cases[0].name}"
+        ) from error
+    if not splits["train"] or not splits["val"]:
+        raise ValueError(f"{file}: found an empty train or val in fold {fold}, expected one case or more in each")
+    return splits

@@ -1,0 +1,87 @@
+"""Small NIfTI files and data sets for the tests."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+import data
+from data import Plan
+from nifti import Geometry
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+ACDC, HIPPOCAMPUS = SHARED / "acdc", SHARED / "Task04_Hippocampus"
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> str:
+    """Write (x, y, z); 1 mm and no shift unless told."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return str(path)
+
+
+def spaced(depth: float, height: float, width: float) -> np.ndarray:
+    return np.diag([width, height, depth, 1.0])
+
+
+def rotation(degrees: float) -> np.ndarray:
+    """About an axis that is none of the grid's."""
+    axis = np.array([1.0, 2.0, 3.0]) / np.sqrt(14)
+    cross = np.cross(np.eye(3), axis)
+    angle = np.radians(degrees)
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+
+
+def decathlon(root: Path, number: int = 5, modality: str = "MRI", affine: np.ndarray | None = None) -> Path:
+    """A folder with `number` cases of 8 x 10 x 12 voxels (D, H, W), labels 0 to 2, class 2 brighter than 1."""
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        label = np.zeros((12, 10, 8), np.uint8)
+        label[3:7, 3:6, 2:6], label[7:9, 3:6, 2:6] = 1, 2
+        image = (label * 100 + rng.normal(50, 10, label.shape)).astype(np.float32)
+        save(root / f"imagesTr/case_{i}.nii.gz", image, affine)
+        save(root / f"labelsTr/case_{i}.nii.gz", label, affine)
+    facts = {"labels": {"0": "background", "1": "head", "2": "tail"}, "modality": {"0": modality}}
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "dataset.json").write_text(json.dumps(facts))
+    return root
+
+
+def stored_as(volume: np.ndarray, affine: np.ndarray, order, signs) -> tuple[np.ndarray, np.ndarray]:
+    """The same voxels in the same places, (x, y, z) stored with other axes and directions."""
+    turn = np.array([[order[axis], signs[axis]] for axis in range(3)])
+    return (
+        nib.orientations.apply_orientation(volume, turn),
+        affine @ nib.orientations.inv_ornt_aff(turn, volume.shape),
+    )
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def acdc_tree(base: Path, numbers=range(1, 101)) -> None:
+    for number in numbers:
+        folder = base / f"training/patient{number:03d}"
+        folder.mkdir(parents=True)
+        first, last = (4, 11) if number == 90 else (1, 12)
+        (folder / "Info.cfg").write_text(f"ED: {first}\nES: {last}\nGroup: DCM\nHeight: 184.0\n")
+
+
+def patients(cases) -> list[int]:
+    return sorted({int(case.name[7:10]) for case in cases})
+
+
+def plan_for(labels: int = 3, spacing=(1.0, 1.0, 1.0), intensity=None, flip_axes=(), channels=("MR",)) -> Plan:
+    names = tuple(f"class {i}" for i in range(labels))
+    return Plan("x", "CT" if intensity else "MR", channels, names, flip_axes, spacing, intensity)
+
+
+def to_native(semantic, geometry: Geometry, slab: int = 3) -> np.ndarray:
+    """The label map (D, H, W) of a semantic map (K, D, H, W) that comes in slabs of a few slices."""
+    semantic = torch.as_tensor(semantic)
+    scores = data.native_scores(semantic.split(slab, dim=1), semantic.shape[1], geometry)
+    return torch.cat([part.argmax(0) for part in scores]).to(torch.uint8).numpy()
