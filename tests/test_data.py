@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import data
 import layouts
+import nifti
 from data import PatchDataset, Plan
 from layouts import Case
 from nifti import Geometry
@@ -423,13 +424,15 @@ def test_label_maps_become_one_segment_per_class_present():
 # ----------------------------------------------------------------------------------------------------------- full sizes
 
 
-def test_the_running_maximum_is_the_argmax_of_the_whole():
-    semantic = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 6, 7, 8)).astype(np.float32))
-    geometry = Geometry(np.eye(4), (9, 13, 6), (1.0, 1.0, 1.0))
-    whole = F.interpolate(semantic[None], size=geometry.shape, mode="trilinear", align_corners=False)[0].argmax(0)
-    found = to_native(semantic, geometry)
-    assert found.dtype == np.uint8 and np.array_equal(found, whole.numpy())
-    assert np.array_equal(to_native(semantic.numpy() - 100, geometry), found)  # no scale is assumed
+@pytest.mark.parametrize("depth, native", [(6, 40), (6, 6), (41, 9), (1, 17), (30, 1)])
+@pytest.mark.parametrize("slab", [1, 3, 50])
+def test_scores_in_slabs_are_those_of_the_whole(depth, native, slab):
+    semantic = torch.from_numpy(np.random.default_rng(0).normal(size=(5, depth, 7, 8)).astype(np.float32))
+    geometry = Geometry(np.eye(4), (native, 13, 6), (1.0, 1.0, 1.0))
+    whole = F.interpolate(semantic[None], size=geometry.shape, mode="trilinear", align_corners=False)[0]
+    parts = list(data.native_scores(semantic.split(slab, dim=1), depth, geometry))
+    assert all(part.shape[1] <= data.NATIVE_SLICES for part in parts)
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
 
 
 def test_default_preset_fits_the_median_prepared_case(cached, tmp_path):

@@ -100,44 +100,6 @@ def test_mirroring_averages_the_flips_along_its_axes_alone():
         assert (evaluate.predict_case(model, prepared, mirror_axes=mirror_axes) == expected).all(), mirror_axes
 
 
-# ----------------------------------------------------------------------------------------------------------------- Dice
-
-
-def test_dice_equals_sets_of_voxels():
-    rng = np.random.default_rng(0)
-    truth, prediction = rng.integers(0, 5, (2, 3, 7, 6))
-    for k, dice in enumerate(evaluate.dice_per_class(prediction, truth, 5), 1):
-        a, b = set(np.flatnonzero(truth == k)), set(np.flatnonzero(prediction == k))
-        assert dice == pytest.approx(2 * len(a & b) / (len(a) + len(b)))
-
-
-def test_a_class_in_neither_map_is_left_out_and_in_one_only_scores_nothing():
-    truth, prediction = np.zeros((2, 3, 4), np.uint8), np.zeros((2, 3, 4), np.uint8)
-    truth[0, 0, 0], prediction[1, 1, 1] = 1, 2
-    dice = evaluate.dice_per_class(prediction, truth, 4)
-    assert dice[0] == 0 and dice[1] == 0 and np.isnan(dice[2])
-    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(2, 3, 3\)"):
-        evaluate.dice_per_class(prediction, truth[..., :3], 4)
-
-
-def test_the_mean_is_over_cases_first_and_then_over_classes():
-    nan = np.nan
-    scores = {"a": np.array([1.0, 0.5]), "b": np.array([0.0, nan]), "c": np.array([0.5, nan])}
-    results = evaluate.summarize(scores, "xyz")
-    assert results["per_class"] == {"y": 0.5, "z": 0.5} and results["mean_dice"] == 0.5
-    results = evaluate.summarize({"a": np.array([1.0, nan, 0.2]), "b": np.array([0.4, nan, 0.4])}, "wxyz")
-    assert results["per_class"] == {"x": pytest.approx(0.7), "y": None, "z": pytest.approx(0.3)}
-    assert results["mean_dice"] == pytest.approx(0.5) and results["per_case"]["b"]["y"] is None
-    json.dumps(results, allow_nan=False)
-
-
-def test_nothing_to_score_is_no_number(capsys):
-    results = evaluate.summarize({"a": np.array([np.nan])}, ("background", "organ"))
-    assert results["mean_dice"] is None
-    evaluate.print_table(results)
-    assert "in no case" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------------------------------------------------- the command
 
 

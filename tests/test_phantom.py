@@ -28,7 +28,8 @@ def frames(root) -> list[tuple[np.ndarray, np.ndarray, tuple]]:
     source = layouts.find_data("phantom", str(root))
     cases = sorted((case for split in source.splits.values() for case in split), key=lambda case: case.name)
     assert len(cases) == 2 * PATIENTS
-    return [(nifti.read_volume(case.images[0])[0], *nifti.read_label(case.label, 4)) for case in cases]
+    volumes = [(nifti.read_volume(case.images[0]), nifti.read_label(case.label, 4)[0]) for case in cases]
+    return [(image, label, geometry.spacing) for (image, geometry), label in volumes]
 
 
 def best_interval_dice(image: np.ndarray, truth: np.ndarray) -> float:
