@@ -335,7 +335,7 @@ def _folder_splits(file: Path, cases: list[Case], seed: int, fold: int) -> dict[
     try:
         folds = json.loads(file.read_text())
         if not 0 <= fold < len(folds):
-            raise ValueError(f"--fold {fold}: {file} has folds 0 to {len(folds) - 1}")
+            raise ValueError(f"{file}: found {len(folds)} folds, expected one of the number {fold}; see --fold")
         splits = {split: tuple(by_name[name] for name in folds[fold][split]) for split in ("train", "val")}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(

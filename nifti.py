@@ -96,7 +96,7 @@ def read_label(path: str, num_classes: int) -> tuple[np.ndarray, Geometry]:
         label = array.astype(np.uint8)
     wrong = (label != array) | (label >= num_classes)
     if wrong.any():
-        ids = np.unique(array[wrong]).tolist()
+        ids = np.unique(array[wrong]).astype(float).tolist()
         raise ValueError(f"{path}: found the labels {ids[:5]}, expected whole numbers from 0 to {num_classes - 1}")
     return label, geometry
 

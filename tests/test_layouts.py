@@ -103,7 +103,7 @@ def test_folders_split_by_seed_and_by_nothing_else(tmp_path):
     root = decathlon(tmp_path / "set", 11)
     splits = [layouts.find_data(str(root), seed=seed).splits for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]
-    assert len(splits[0]["train"]) == 9 and len(splits[0]["val"]) == 2
+    assert len(splits[0]["train"]) == 8 and len(splits[0]["val"]) == 3
     assert not set(splits[0]["train"]) & set(splits[0]["val"])
     two = layouts.find_data(str(decathlon(tmp_path / "two", 2))).splits
     assert len(two["train"]) == len(two["val"]) == 1
