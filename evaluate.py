@@ -368,7 +368,7 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
             )
     amp = args.amp or default_amp(device)
     options = {"amp": amp, "overlap": args.overlap, "weights": args.weights}
-    options["mirror_axes"] = plan.flip_axes if args.mirror else ()
+    options["mirror_axes"] = list(plan.flip_axes) if args.mirror else []
     options["largest"] = class_ids(args.largest, plan.labels)
     made_by = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
 

@@ -82,7 +82,8 @@ def read_volume(path: str) -> tuple[np.ndarray, Geometry]:
 def read_image(path: str) -> tuple[np.ndarray, Geometry]:
     """`read_volume` as (D, H, W) float32; NaN and infinity are a ValueError."""
     array, geometry = read_volume(path)
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity and is found below
+        array = array.astype(np.float32)
     wrong = array.size - np.count_nonzero(np.isfinite(array))
     if wrong:
         raise ValueError(f"{path}: found {wrong} voxels of NaN or infinity, expected finite numbers")

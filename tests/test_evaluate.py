@@ -15,6 +15,7 @@ import torch
 import data
 import evaluate
 import layouts
+import metrics
 import nifti
 import phantom
 from model import MaskSAMConfig, build_model, save_checkpoint
@@ -34,8 +35,8 @@ def test_windows_cover_every_voxel_and_end_flush(length, overlap):
     assert all(0 < b - a <= max(1, int(4 * (1 - overlap))) for a, b in zip(starts, starts[1:]))
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 8), (5, 11, 17), (3, 8, 20), (1, 5, 3)], ids=str)
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("shape", [(4, 8, 8), (5, 11, 17), (3, 8, 20), (1, 5, 3), (23, 8, 8), (11, 9, 5)], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_a_local_prediction_is_given_back_wherever_the_windows_lie(shape, batch_size):
     volume = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
@@ -43,28 +44,36 @@ def test_a_local_prediction_is_given_back_wherever_the_windows_lie(shape, batch_
         assert patches.shape[2:] == (4, 8, 8) and len(patches) <= batch_size
         return torch.cat([patches, patches.sum(1, keepdim=True)], dim=1)
 
-    out = evaluate.sliding_window_inference(predict, volume, (4, 8, 8), 3, batch_size=batch_size)
+    slabs = list(evaluate.sliding_window_inference(predict, volume, (4, 8, 8), batch_size=batch_size))
+    assert batch_size > 1 or all(slab.shape[1] <= 4 for slab in slabs)
+    out = torch.cat(slabs, dim=1)
     expected = torch.cat([volume, volume.sum(0, keepdim=True)])
     assert out.shape == expected.shape and torch.allclose(out, expected, atol=1e-5)
 
 
-def test_overlapping_windows_are_averaged_with_gaussian_weights():
+@pytest.mark.parametrize("weights", ["gaussian", "constant"])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_overlapping_windows_are_averaged_with_their_weights(weights, axis):
     """Three windows along one axis, each of which answers with its own number."""
     answers = iter([1.0, 2.0, 4.0])
-    out = evaluate.sliding_window_inference(
-        lambda patches: torch.full((1, 1, 1, 1, 8), next(answers)), torch.zeros(1, 1, 1, 16), (1, 1, 8), 1
-    )
+    shape, patch = [1, 1, 1], [1, 1, 1]
+    shape[axis], patch[axis] = 16, 8
+
+    def predict(patches):
+        return torch.full((1, 1, *patch), next(answers))
+
+    slabs = evaluate.sliding_window_inference(predict, torch.zeros(1, *shape), patch, weights=weights)
     gauss = np.exp(-0.5 * ((np.arange(8) - 3.5) / (8 / 8)) ** 2)
-    gauss = np.maximum(gauss / gauss.max(), 1e-3)
+    gauss = np.maximum(gauss / gauss.max(), 1e-3) if weights == "gaussian" else np.ones(8)
     total, weight = np.zeros(16), np.zeros(16)
     for start, answer in zip((0, 4, 8), (1.0, 2.0, 4.0)):
         total[start : start + 8] += answer * gauss
         weight[start : start + 8] += gauss
-    assert np.allclose(out[0, 0, 0].numpy(), total / weight, rtol=1e-5)
+    assert np.allclose(torch.cat(list(slabs), dim=1).flatten().numpy(), total / weight, rtol=1e-5)
 
 
 def test_far_corners_keep_a_weight():
-    weights = evaluate.gaussian_weights((8, 64, 64))
+    weights = evaluate.window_weights((8, 64, 64))
     assert weights.max() == 1 and weights.min() == pytest.approx(1e-3)
 
 
@@ -76,14 +85,14 @@ def test_what_is_added_to_a_small_volume_is_its_minimum_and_is_cut_off_again():
         return patches
 
     volume = torch.arange(2.0, 8.0).reshape(1, 1, 2, 3)
-    out = evaluate.sliding_window_inference(predict, volume, (2, 4, 4), 1)
+    (out,) = evaluate.sliding_window_inference(predict, volume, (2, 4, 4))
     assert torch.allclose(out, volume)
     assert seen[0].sum() == volume.sum() + 2.0 * (32 - 6)
 
 
 def test_overlap_must_leave_a_step():
     with pytest.raises(ValueError, match="overlap is 1"):
-        evaluate.sliding_window_inference(lambda x: x, torch.zeros(1, 2, 2, 2), (1, 1, 1), 1, overlap=1)
+        next(evaluate.sliding_window_inference(lambda x: x, torch.zeros(1, 2, 2, 2), (1, 1, 1), overlap=1))
 
 
 def test_mirroring_averages_the_flips_along_its_axes_alone():
@@ -97,7 +106,7 @@ def test_mirroring_averages_the_flips_along_its_axes_alone():
     prepared = data.Prepared(np.zeros((1, 2, 6, 8), np.float32), None, nifti.Geometry(np.eye(4), (2, 6, 8), (1, 1, 1)))
     right = np.broadcast_to(np.arange(8) >= 3, (2, 6, 8))
     for mirror_axes, expected in (((), right), ((1,), right), ((2,), True), ((1, 2), True)):
-        assert (evaluate.predict_case(model, prepared, mirror_axes=mirror_axes) == expected).all(), mirror_axes
+        assert (evaluate.predict_case([model], [prepared], mirror_axes=mirror_axes) == expected).all(), mirror_axes
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -130,16 +139,19 @@ def test_the_checkpoint_alone_is_scored_and_written(trained, tmp_path, monkeypat
     folder = path.parent / "predictions-val"
     cases = layouts.find_data("phantom", str(root)).splits["val"]
     assert json.loads((folder / "metrics.json").read_text()) == results
-    assert list(results["per_case"]) == [case.name for case in cases] and results["epoch"] == 7
+    assert list(results["per_case"]) == [case.name for case in cases] and results["epoch"] == [7]
     for case in cases:
         written, image = nib.load(folder / f"{case.name}.nii.gz"), nib.load(case.images[0])
         assert written.shape == image.shape and np.array_equal(written.affine, image.affine)
         prediction, truth = (np.asarray(nib.load(file).dataobj) for file in (written.get_filename(), case.label))
-        dice = evaluate.dice_per_class(prediction, truth.astype(np.uint8), 4)
-        assert list(results["per_case"][case.name].values()) == [None if np.isnan(d) else d for d in dice]
+        scores = metrics.score_maps(*(a.transpose(2, 1, 0) for a in (prediction, truth.astype(np.uint8))),
+                                    nifti.read_header(case.label)[1].spacing, 4)  # fmt: skip
+        for metric in metrics.METRICS:
+            values = [result[metric] for result in results["per_case"][case.name].values()]
+            assert values == [None if np.isnan(value) else value for value in scores[metric]]
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert [row["case"] for row in rows] == [*results["per_case"], "mean"]
-    assert float(rows[0]["LV"]) == results["per_case"][cases[0].name]["LV"]
+    assert [row["case"] for row in rows[::3]] == [*results["per_case"], "mean"]
+    assert float(rows[2]["dice"]) == results["per_case"][cases[0].name]["LV"]["dice"]
     assert "mean" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -155,7 +167,8 @@ def test_unlabelled_files_are_predicted_as_in_scoring_and_no_label_is_opened(tra
     def refuse(*args):
         raise AssertionError("a label was opened")
 
-    monkeypatch.setattr(data, "_read_label", refuse)
+    monkeypatch.setattr(nifti, "read_label", refuse)
+    monkeypatch.setattr(data, "read_label", refuse)
     folders = ["--input", str(images), "--output", str(output)]
     assert evaluate.main(["--ckpt", str(path), *folders, "--no-mirror"]) is None
     assert sorted(file.name for file in output.iterdir()) == sorted(f"{case.name}.nii.gz" for case in cases)

@@ -11,6 +11,7 @@ import pytest
 import data
 import layouts
 import nifti
+from layouts import Case
 from nifti import Geometry
 from volumes import decathlon, plan_for, rotation, save, stored_as
 
@@ -98,86 +99,153 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- checking
 
 
-def bad_file(root: Path, kind: str) -> str:
-    """Spoil one file of a decathlon folder; returns what the message must hold."""
-    image, label = root / "imagesTr/case_1.nii.gz", root / "labelsTr/case_1.nii.gz"
-    voxels, ids = np.asarray(nib.load(image).dataobj).copy(), np.asarray(nib.load(label).dataobj).copy()
-    if kind == "no label":
-        label.unlink()
-        return f"{label}: found no such file"
-    if kind == "no image":
-        image.unlink()
-        return f"{image}: found no such file"
-    if kind == "shape":
-        save(label, ids[:, :, :-1])
-        return f"{label}: found (D, H, W) = (7, 10, 12), expected (8, 10, 12)"
-    if kind == "affine":
-        save(label, ids, nib.affines.from_matvec(np.eye(3), [0, 0, 0.5]))
-        return f"{label}: found the affine"
-    if kind == "label 7":
-        ids[0, 0, 0] = 7
-        save(label, ids)
-        return f"{label}: found the labels [7.0], expected whole numbers from 0 to 2"
-    if kind == "label 0.5":
-        save(label, np.where(ids == 1, 0.5, ids).astype(np.float32))
-        return f"{label}: found the labels [0.5], expected whole numbers from 0 to 2"
-    if kind == "negative label":
-        ids = ids.astype(np.int16)
-        ids[0, 0, 0] = -1
-        save(label, ids)
-        return f"{label}: found the labels [-1.0]"
-    if kind == "NaN label":
-        ids = ids.astype(np.float32)
-        ids[0, 0, 0] = np.nan
-        save(label, ids)
-        return f"{label}: found the labels [nan]"
-    if kind in ("nan", "inf"):
-        voxels[1, 2, 3] = float(kind)
-        save(image, voxels)
-        return f"{image}: found 1 voxels of NaN or infinity, expected finite numbers"
-    if kind == "4-D":
-        save(image, voxels[..., None])
-        return f"{image}: found shape (12, 10, 8, 1), expected three dimensions"
-    if kind == "complex":
-        save(image, voxels.astype(np.complex64))
-        return f"{image}: found voxels of type complex64"
-    if kind == "truncated":
-        image.write_bytes(image.read_bytes()[:-600])
-        return f"{image}: found a truncated file"
-    if kind == "no NIfTI":
-        image.write_text("hello")
-        return f"{image}: found no readable NIfTI file"
-    assert kind == "zero spacing"
-    raw = bytearray(nib.Nifti1Image(voxels, np.eye(4)).to_bytes())
-    raw[312:328] = bytes(16)  # srow_z; nibabel itself would not write such an affine
-    image.write_bytes(gzip.compress(raw))
-    return f"{image}: found the affine"
+def header_field(path: Path, offset: int, content: bytes) -> None:
+    """Overwrite header bytes that nibabel itself would not write so."""
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[offset : offset + len(content)] = content
+    path.write_bytes(gzip.compress(bytes(raw)))
 
 
-KINDS = ["no label", "no image", "shape", "affine", "label 7", "label 0.5", "negative label", "NaN label", "nan", "inf",
-         "4-D", "complex", "truncated", "no NIfTI", "zero spacing"]  # fmt: skip
+def shifted(x: float, y: float = 0, z: float = 0) -> np.ndarray:
+    return nib.affines.from_matvec(np.eye(3), [x, y, z])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_file_is_named_with_what_was_found_and_expected(tmp_path, kind):
+def place(array: np.ndarray, value: float, dtype) -> np.ndarray:
+    array = array.astype(dtype)
+    array[0, 0, 0] = value
+    return array
+
+
+# kind -> (which file of the case, how it is spoilt, what is found). The voxels a are (x, y, z) = (12, 10, 8).
+MALFORMED = {
+    "no label": ("label", lambda file, a: file.unlink(), "no such file"),
+    "no image": ("image", lambda file, a: file.unlink(), "no such file"),
+    "a slice less": ("label", lambda file, a: save(file, a[:, :, :-1]), "(D, H, W) = (7, 10, 12)"),
+    "a row more": ("label", lambda file, a: save(file, np.pad(a, ((0, 0), (0, 1), (0, 0)))), "(D, H, W) = (8, 11"),
+    "axes swapped": ("label", lambda file, a: save(file, a.transpose(1, 0, 2)), "(D, H, W) = (8, 12, 10)"),
+    "half a voxel off": ("label", lambda file, a: save(file, a, shifted(0, 0, 0.5)), "the affine"),
+    "a voxel off": ("label", lambda file, a: save(file, a, shifted(1)), "the affine"),
+    "left for right": ("label", lambda file, a: save(file, a, np.diag([-1, 1, 1, 1])), "the affine"),
+    "upside down": ("label", lambda file, a: save(file, a, np.diag([1, 1, -1, 1])), "the affine"),
+    "turned by 5 degrees": ("label", lambda file, a: save(file, a, turned(5)), "the affine"),
+    "2 % larger voxels": ("label", lambda file, a: save(file, a, np.diag([1.02, 1.02, 1.02, 1])), "the affine"),
+    "voxels of 1 m": ("label", lambda file, a: save(file, a, np.diag([1e3, 1e3, 1e3, 1])), "the affine"),
+    "label 7": ("label", lambda file, a: save(file, place(a, 7, np.uint8)), "the labels [7.0]"),
+    "label 255": ("label", lambda file, a: save(file, place(a, 255, np.uint8)), "the labels [255.0]"),
+    "label 256": ("label", lambda file, a: save(file, place(a, 256, np.int16)), "the labels [256.0]"),
+    "label 1e9": ("label", lambda file, a: save(file, place(a, 1e9, np.float32)), "the labels [1000000000.0]"),
+    "label 0.5": ("label", lambda file, a: save(file, place(a, 0.5, np.float32)), "the labels [0.5]"),
+    "label 1.0001": ("label", lambda file, a: save(file, place(a, 1.0001, np.float64)), "the labels [1.0001]"),
+    "label -1": ("label", lambda file, a: save(file, place(a, -1, np.int16)), "the labels [-1.0]"),
+    "label -0.5": ("label", lambda file, a: save(file, place(a, -0.5, np.float32)), "the labels [-0.5]"),
+    "label NaN": ("label", lambda file, a: save(file, place(a, np.nan, np.float32)), "the labels [nan]"),
+    "label infinite": ("label", lambda file, a: save(file, place(a, np.inf, np.float32)), "the labels [inf]"),
+    "an image as label": ("label", lambda file, a: save(file, a * 40), "the labels [40.0, 80.0]"),
+    "NaN": ("image", lambda file, a: save(file, place(a, np.nan, np.float32)), "1 voxels of NaN or infinity"),
+    "infinity": ("image", lambda file, a: save(file, place(a, np.inf, np.float32)), "1 voxels of NaN or infinity"),
+    "minus infinity": ("image", lambda file, a: save(file, place(a, -np.inf, np.float32)), "1 voxels of NaN"),
+    "beyond float32": ("image", lambda file, a: save(file, place(a, 1e300, np.float64)), "1 voxels of NaN"),
+    "all NaN": ("image", lambda file, a: save(file, a * np.nan), "960 voxels of NaN"),
+    "2-D": ("image", lambda file, a: save(file, a[:, :, 0]), "shape (12, 10), expected three dimensions"),
+    "4-D": ("image", lambda file, a: save(file, a[..., None].repeat(2, 3)), "shape (12, 10, 8, 2)"),
+    "4-D of one": ("image", lambda file, a: save(file, a[..., None]), "shape (12, 10, 8, 1)"),
+    "5-D": ("image", lambda file, a: save(file, a[..., None, None].repeat(2, 4)), "shape (12, 10, 8, 1, 2)"),
+    "4-D label": ("label", lambda file, a: save(file, a[..., None]), "shape (12, 10, 8, 1)"),
+    "complex": ("image", lambda file, a: save(file, a.astype(np.complex64)), "voxels of type complex64"),
+    "colours": ("image", lambda file, a: save(file, colours(a)), "voxels of type [('R'"),
+    "truncated": ("image", lambda file, a: file.write_bytes(file.read_bytes()[:-600]), "a truncated file"),
+    "truncated label": ("label", lambda file, a: file.write_bytes(file.read_bytes()[:-20]), "no readable NIfTI file"),
+    "half a header": ("image", lambda file, a: file.write_bytes(file.read_bytes()[:60]), "no readable NIfTI file"),
+    "empty": ("image", lambda file, a: file.write_bytes(b""), "no readable NIfTI file"),
+    "text": ("image", lambda file, a: file.write_text("hello"), "no readable NIfTI file"),
+    "zipped text": ("label", lambda file, a: file.write_bytes(gzip.compress(b"hello")), "no readable NIfTI file"),
+    "a web page": ("label", lambda file, a: file.write_text("<html>" + 999 * "404 "), "no readable NIfTI file"),
+    "a folder": ("label", lambda file, a: (file.unlink(), file.mkdir()), "no such file"),
+    "not zipped": ("image", lambda file, a: file.write_bytes(gzip.decompress(file.read_bytes())), "no readable NIfTI"),
+    "no spacing": ("image", lambda file, a: header_field(file, 312, bytes(16)), "the affine"),  # srow_z
+    "parallel axes": ("image", lambda file, a: header_field(file, 296, np.float32([1, 0, 0, 0]).tobytes()), "the aff"),
+    "affine NaN": ("image", lambda file, a: header_field(file, 280, np.float32([np.nan]).tobytes()), "the affine"),
+    "no slices": ("image", lambda file, a: header_field(file, 46, bytes(2)), "shape (12, 10, 0)"),  # dim[3]
+    "more slices than voxels": ("image", lambda file, a: header_field(file, 46, b"\x20\0"), "a truncated file"),
+    "unknown type": ("image", lambda file, a: header_field(file, 70, b"\x03\x01"), "no readable NIfTI file"),
+}  # fmt: skip
+
+
+def turned(degrees: float) -> np.ndarray:
+    return nib.affines.from_matvec(rotation(degrees))
+
+
+def colours(array: np.ndarray) -> np.ndarray:
+    kinds = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    return np.zeros(array.shape, kinds)
+
+
+def spoil(root: Path, kind: str) -> Path:
+    """Spoil one file of case_1 of a decathlon folder; returns it."""
+    which, change, _ = MALFORMED[kind]
+    path = root / ("imagesTr" if which == "image" else "labelsTr") / "case_1.nii.gz"
+    change(path, np.asarray(nib.load(path).dataobj).copy())
+    return path
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_file_is_refused_by_name_and_the_folder_works_once_it_is_mended(tmp_path, kind):
     root = decathlon(tmp_path / "set")
-    expected = bad_file(root, kind)
+    before = {path: path.read_bytes() for path in root.glob("*/*.nii.gz")}
+    path = spoil(root, kind)
     source = layouts.find_data(str(root))
-    problems = data.check_source(source)
-    assert len(problems) == 1 and problems[0].startswith(expected) and "expected" in problems[0]
-    assert "\n" not in problems[0]
+    (problem,) = data.check_source(source)
+    assert problem.startswith(f"{path}: found {MALFORMED[kind][2]}") and "expected" in problem and "\n" not in problem
     with pytest.raises(ValueError, match="1 problems in"):
         data.prepare(source, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     (case,) = (case for split in source.splits.values() for case in split if case.name == "case_1")
     with pytest.raises(ValueError) as raised:  # `prepare_case` reads without a check before it
         data.prepare_case(case, plan_for())
-    assert " ".join(str(raised.value).split()) == problems[0]
+    assert " ".join(str(raised.value).split()) == problem
+    if path.is_dir():
+        path.rmdir()
+    path.write_bytes(before[path])
+    data.prepare(layouts.find_data(str(root)), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.label.npy"))) == 5
+
+
+def test_there_are_forty_kinds_of_malformed_files():
+    assert len(MALFORMED) >= 40
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_cut_anywhere_is_refused(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    whole = Path(save(tmp_path / "whole.nii", rng.normal(size=(5, 6, 7)).astype(np.float32)))
+    plain = whole.read_bytes()
+    for path, content in ((tmp_path / "cut.nii", plain), (tmp_path / "cut.nii.gz", gzip.compress(plain))):
+        for length in rng.integers(0, len(content) - 16, 25):
+            path.write_bytes(content[:length])
+            (problem,) = nifti.check_case(Case("x", (str(path),), None), 2)
+            assert problem.startswith(f"{path}: found ")
+
+
+def test_whatever_a_header_says_the_reader_answers_with_a_volume_or_a_reason(tmp_path):
+    """Random bytes at random places of the header: nothing but a ValueError that names the file may be raised."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.nii"
+    save(path, rng.integers(0, 2, (5, 6, 7)).astype(np.uint8))
+    content, refused = path.read_bytes(), 0
+    for _ in range(400):
+        raw = bytearray(content)
+        for offset in rng.integers(0, 348, 3):
+            raw[offset] = rng.integers(0, 256)
+        path.write_bytes(raw)
+        problems = nifti.check_case(Case("x", (str(path),), str(path)), 2)
+        assert all(problem.startswith(f"{path}: found ") for problem in problems)
+        refused += bool(problems)
+    assert 40 < refused < 400
 
 
 def test_all_bad_cases_are_listed_at_once(tmp_path):
     root = decathlon(tmp_path / "set", 6)
-    bad_file(root, "shape")
+    spoil(root, "a slice less")
     (root / "labelsTr/case_0.nii.gz").unlink()
     save(root / "imagesTr/case_3.nii.gz", np.full((12, 10, 8), np.nan, np.float32))
     save(root / "labelsTr/case_3.nii.gz", np.full((12, 10, 8), 9, np.uint8))  # both files of a case
