@@ -273,15 +273,18 @@ def print_table(results: dict) -> None:
 def write_metrics(folder: Path, results: dict, write_whole: Callable) -> None:
     """metrics.json, all of `results`; metrics.csv, one row a case and class, then the means. Undefined is empty.
 
+    By another convention than ours the files are called metrics-<convention>.
+
     Args:
-        results: of `summarize`, with what else should be kept. write_whole: `data.write_whole`, path and writer.
+        results: of `summarize`, with what else should be kept. write_whole: `nifti.write_whole`, path and writer.
     """
     content = json.dumps(results, indent=1, allow_nan=False)
-    write_whole(folder / "metrics.json", lambda file: file.write(content.encode()))
+    name = "metrics" if results.get("convention", "masksam") == "masksam" else f"metrics-{results['convention']}"
+    write_whole(folder / f"{name}.json", lambda file: file.write(content.encode()))
     metrics = list(results["mean"])
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["case", "class", *metrics])
     for case, classes in (results["per_case"] | {"mean": results["per_class"]}).items():
         writer.writerows([case, name, *(scores[metric] for metric in metrics)] for name, scores in classes.items())
-    write_whole(folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
+    write_whole(folder / f"{name}.csv", lambda file: file.write(table.getvalue().encode()))

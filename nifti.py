@@ -102,6 +102,13 @@ def read_label(path: str, num_classes: int) -> tuple[np.ndarray, Geometry]:
     return label, geometry
 
 
+def canonical_affine(geometry: Geometry) -> np.ndarray:
+    """The affine (4, 4) of the volume once it is turned to RAS, for (x, y, z): the same however it is stored."""
+    turn = orientations.io_orientation(geometry.affine)
+    file_shape = [geometry.shape[2 - int(axis)] for axis in turn[:, 0]]
+    return geometry.affine @ orientations.inv_ornt_aff(turn, file_shape)
+
+
 def check_same_place(path: str, geometry: Geometry, reference_path: str, reference: Geometry) -> None:
     """Raise a ValueError unless two volumes have one shape and one place.
 
@@ -109,11 +116,12 @@ def check_same_place(path: str, geometry: Geometry, reference_path: str, referen
     """
     if geometry.shape != reference.shape:
         raise ValueError(f"{path}: found (D, H, W) = {geometry.shape}, expected {reference.shape} as {reference_path}")
-    corners = np.array(list(itertools.product((0, max(reference.shape)), repeat=3)))
-    shifts = nib.affines.apply_affine(geometry.affine - reference.affine, corners)
+    corners = np.array(list(itertools.product(*((0, n) for n in reversed(reference.shape)))))
+    affines = [canonical_affine(each) for each in (geometry, reference)]
+    shifts = nib.affines.apply_affine(affines[0] - affines[1], corners)
     if np.linalg.norm(shifts, axis=1).max() > 0.1 * min(reference.spacing):
-        found, expected = (np.round(g.affine, 4).tolist() for g in (geometry, reference))
-        raise ValueError(f"{path}: found the affine {found}, expected {expected} as {reference_path}")
+        found, expected = (np.round(affine, 4).tolist() for affine in affines)
+        raise ValueError(f"{path}: found the affine {found} in RAS, expected {expected} as {reference_path}")
 
 
 def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] = ()) -> list[str]:

@@ -17,11 +17,7 @@ import nifti
 from data import PatchDataset, Plan
 from layouts import Case
 from nifti import Geometry
-from volumes import ACDC, HIPPOCAMPUS, decathlon, plan_for, save, spaced, to_native
-
-
-def one_hot(label: np.ndarray, classes: int) -> torch.Tensor:
-    return F.one_hot(torch.from_numpy(label).long(), classes).permute(3, 0, 1, 2).float()
+from volumes import ACDC, HIPPOCAMPUS, decathlon, one_hot, plan_for, save, spaced, to_native
 
 
 def dice(found: np.ndarray, truth: np.ndarray, class_id: int) -> float:

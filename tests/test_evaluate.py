@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import shutil
 import types
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +21,7 @@ import metrics
 import nifti
 import phantom
 from model import MaskSAMConfig, build_model, save_checkpoint
+from volumes import one_hot, to_native, write_tree
 
 PATCH = (4, 64, 64)
 
@@ -109,7 +112,48 @@ def test_mirroring_averages_the_flips_along_its_axes_alone():
         assert (evaluate.predict_case([model], [prepared], mirror_axes=mirror_axes) == expected).all(), mirror_axes
 
 
+def fake(patch_size, value):
+    """A model that answers with given class scores wherever it looks."""
+    scores = torch.tensor(value).reshape(1, -1, 1, 1, 1)
+    config = types.SimpleNamespace(patch_size=patch_size, num_classes=scores.shape[1])
+    predict = lambda volumes: scores.expand(len(volumes), -1, *patch_size).clone()  # noqa: E731
+    return types.SimpleNamespace(config=config, predict=predict)
+
+
+def test_several_models_are_averaged_on_the_native_grid_though_patch_and_spacing_differ():
+    geometry = nifti.Geometry(np.eye(4), (11, 20, 30), (1.0, 1.0, 1.0))
+    models = [fake((2, 8, 8), [0.6, 0.4, 0.0]), fake((4, 16, 8), [0.0, 0.45, 0.55]), fake((3, 5, 7), [0.2, 0.5, 0.3])]
+    prepared = [data.Prepared(np.zeros((1, *shape), np.float32), None, geometry)
+                for shape in ((11, 20, 30), (5, 31, 14), (22, 9, 9))]  # fmt: skip
+    alone = [np.unique(evaluate.predict_case([m], [p])).tolist() for m, p in zip(models, prepared)]
+    assert alone == [[0], [2], [1]]
+    together = evaluate.predict_case(models, prepared)
+    assert together.shape == geometry.shape and (together == 1).all()
+
+
+def test_the_largest_component_of_each_named_class_is_kept():
+    label = np.zeros((4, 12, 12), np.uint8)
+    label[0, :3, :3], label[1, 3, 3] = 1, 1  # touching at a corner: one component
+    label[3, 8:10, 8:10] = 1  # a smaller one elsewhere
+    label[2, 0:2, 10], label[2, 5:8, 10], label[2, 11, 11] = 2, 2, 3
+    kept = evaluate.keep_largest_component(label.copy(), [1, 3, 7])
+    assert (kept[0] == label[0]).all() and kept[1, 3, 3] == 1 and not kept[3].any() and (kept[2] == label[2]).all()
+    assert (evaluate.keep_largest_component(label.copy(), [2])[2, :, 10] == [0] * 5 + [2] * 3 + [0] * 4).all()
+    assert (evaluate.keep_largest_component(label.copy(), []) == label).all()
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
+
+
+def write_checkpoint(path: Path, plan: data.Plan, arguments: dict, num_queries: int = 4) -> None:
+    """An untrained model, but with queries of different classes whose masks differ from place to place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model, sam = build_model(MaskSAMConfig("tiny", "b9", 1, len(plan.labels), num_queries, PATCH, (64, 64)))
+    torch.nn.init.normal_(model.classifier.weight)
+    torch.nn.init.normal_(model.class_tokens, std=5)
+    with torch.no_grad():
+        model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
+    save_checkpoint(path, model, sam, plan.as_dict(), epoch=7, arguments=arguments)
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +162,55 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("evaluate")
     root, path = folder / "phantom", folder / "run" / "best.pt"
     phantom.write_phantom(root, num_patients=5, seed=3)
-    path.parent.mkdir()
-    plan = data.make_plan(layouts.find_data("phantom", str(root)))
     torch.manual_seed(0)
-    model, sam = build_model(MaskSAMConfig("tiny", "b9", 1, 4, 4, PATCH, (64, 64)))
-    # Untrained, but with queries of different classes whose masks differ from place to place.
-    torch.nn.init.normal_(model.classifier.weight)
-    torch.nn.init.normal_(model.class_tokens, std=5)
-    with torch.no_grad():
-        model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
-    arguments = {"data": "phantom", "root": str(root), "seed": 0}
-    save_checkpoint(path, model, sam, plan.as_dict(), epoch=7, arguments=arguments)
+    plan = data.make_plan(layouts.find_data("phantom", str(root)))
+    write_checkpoint(path, plan, {"data": "phantom", "root": str(root), "seed": 0})
     return root, path
+
+
+@pytest.mark.parametrize("name", ["acdc", "synapse", "amos"])
+def test_original_layouts_with_their_traps_end_to_end(name, tmp_path, monkeypatch, capsys):
+    """check, info, prepare, predict, score, submit; what the truth scores as a prediction of itself."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "download"
+    write_tree(root, name)
+    where = ["--data", name, "--root", str(root)]
+    for action in ("check", "info", "prepare", "prepare"):
+        data.main([action, *where])
+    assert "no problems" in capsys.readouterr().out
+    source = layouts.find_data(name, str(root))
+    labelled = [case for cases in source.splits.values() for case in cases if case.label]
+    assert len(list((tmp_path / "cache" / name).glob("*.label.npy"))) == len(labelled)
+    plan = data.prepare(source, tmp_path / "cache" / name)
+    for case in labelled:
+        prepared = data.load_cached(case, plan, tmp_path / "cache" / name)
+        back = to_native(one_hot(prepared.label, len(plan.labels)), prepared.geometry)
+        assert np.array_equal(back, nifti.read_label(case.label, len(plan.labels))[0])
+    write_checkpoint(tmp_path / "best.pt", plan, {"data": name, "root": str(root), "seed": 0}, num_queries=8)
+    quick = ["--ckpt", "best.pt", "--overlap", "0", "--no-mirror"]
+    results = evaluate.main([*quick, "--split", "test", "--output", "predicted"])
+    lacking = {"acdc": ("patient002_frame01", "LV"), "synapse": ("case0002", "gallbladder"),
+               "amos": ("amos_0008", "prostate/uterus")}[name]  # fmt: skip
+    scores = results["per_case"][lacking[0]][lacking[1]]
+    assert scores["dice"] in (None, 0)  # predicted or not
+    assert results["scored"] == [source.labels[k] for k in source.scored or range(1, len(source.labels))]
+
+    assert evaluate.main([*quick, "--split", "testing", "--output", "submitted", "--submission"]) is None
+    with zipfile.ZipFile("submitted/submission.zip") as archive:
+        names = archive.namelist()
+    wanted = {"acdc": ["patient101_ED", "patient101_ES"], "synapse": ["label0061"], "amos": ["amos_0200", "amos_0201"]}
+    assert names == [f"{stem}.nii.gz" for stem in wanted[name]]
+    for case, file in zip(source.splits["testing"], names):
+        one, other = nib.load(Path("submitted") / file), nib.load(case.images[0])
+        assert one.shape == other.shape and np.array_equal(one.affine, other.affine)
+
+    Path("truth").mkdir()
+    for case in source.splits["test"]:
+        shutil.copy(case.label, f"truth/{case.aliases[-1] if case.aliases else case.name}.nii.gz")
+    results = evaluate.main(["--predictions", "truth", *where, "--split", "test"])
+    assert results["mean"] == {"dice": 1, "hd95": 0, "nsd": 1}
+    assert results["per_class"][lacking[1]]["neither"] == (2 if name == "acdc" else 1)
+    assert results["per_case"][lacking[0]][lacking[1]]["dice"] is None
 
 
 def test_the_checkpoint_alone_is_scored_and_written(trained, tmp_path, monkeypatch, capsys):
@@ -284,3 +365,175 @@ def test_labels_that_are_hidden_are_predicted_without_a_score(trained, tmp_path)
     arguments = ["--ckpt", str(trained[1]), "--data", "acdc", "--root", str(root), "--output", str(tmp_path / "out")]
     assert evaluate.main([*arguments, "--split", "testing", "--no-mirror"]) is None
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.nii.gz")}
+
+
+def test_a_stopped_prediction_goes_on_and_another_question_is_answered_anew(trained, tmp_path, monkeypatch):
+    arguments = ["--ckpt", str(trained[1]), "--split", "test", "--output", str(tmp_path), "--no-mirror"]
+    arguments += ["--overlap", "0"]
+    predict_case, calls = evaluate.predict_case, []
+
+    def stop_at_the_second(*args, **options):
+        calls.append(options["desc"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return predict_case(*args, **options)
+
+    monkeypatch.setattr(evaluate, "predict_case", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(arguments)
+    assert [file.name for file in tmp_path.iterdir()] == [f"{calls[0]}.nii.gz"]
+    before = times(tmp_path)
+    results = evaluate.main(arguments)
+    assert calls[2:] == list(results["per_case"])[1:] and len(calls) == 3  # the first case was done
+    assert before.items() <= times(tmp_path).items()
+    assert evaluate.main(arguments)["per_case"] == results["per_case"] and len(calls) == 3
+    evaluate.main([*arguments, "--weights", "constant"])
+    assert len(calls) == 5 and not before.items() <= times(tmp_path).items()
+    (tmp_path / f"{calls[1]}.nii.gz").write_bytes(b"half a file")
+    evaluate.main([*arguments, "--weights", "constant"])
+    assert calls[5:] == calls[1:2]
+
+
+def test_checkpoints_of_other_folds_are_averaged_on_the_test_split_alone(trained, tmp_path):
+    root, path = trained
+    plan = data.make_plan(layouts.find_data("phantom", str(root)))
+    paths = [str(path)]
+    for fold in (0, 1):
+        torch.manual_seed(1 + fold)
+        paths.append(str(tmp_path / f"fold{fold}.pt"))
+        write_checkpoint(Path(paths[-1]), plan, {"data": "phantom", "root": str(root), "seed": 0, "fold": fold})
+    quick = ["--overlap", "0", "--no-mirror", "--split", "test"]
+    results = evaluate.main(["--ckpt", *paths[1:], *quick, "--output", str(tmp_path / "both")])
+    alone = evaluate.main(["--ckpt", paths[1], *quick, "--output", str(tmp_path / "alone")])
+    assert results["checkpoint"] == paths[1:] and results["per_case"] != alone["per_case"]
+    assert alone["fold"] == 0 or alone["fold"] is None
+    with pytest.raises(SystemExit, match="the checkpoints are of folds .* and trained on each other's"):
+        evaluate.main(["--ckpt", *paths[1:], "--split", "val", "--output", str(tmp_path / "none")])
+
+
+def test_the_largest_component_of_a_prediction_is_kept_by_name(trained, tmp_path):
+    arguments = ["--ckpt", str(trained[1]), "--overlap", "0", "--no-mirror"]
+    evaluate.main([*arguments, "--output", str(tmp_path / "plain")])
+    evaluate.main([*arguments, "--output", str(tmp_path / "kept"), "--largest-component", "LV"])
+    for file in (tmp_path / "plain").glob("*.nii.gz"):
+        plain, kept = (np.asarray(nib.load(tmp_path / folder / file.name).dataobj) for folder in ("plain", "kept"))
+        assert np.array_equal(kept, evaluate.keep_largest_component(plain.copy(), [3]))
+    with pytest.raises(SystemExit, match="--largest-component heart: expected of RV, Myo, LV"):
+        evaluate.main([*arguments, "--largest-component", "heart"])
+
+
+# ------------------------------------------------------------------------------------------------ other programs' files
+
+
+@pytest.fixture
+def others(trained, tmp_path) -> tuple[Path, list[str], tuple[layouts.Case, ...]]:
+    """Another program's folder of the phantom's test cases, here the truth itself, and the arguments that score it."""
+    cases = layouts.find_data("phantom", str(trained[0])).splits["test"]
+    for case in cases:
+        shutil.copy(case.label, tmp_path / f"{case.name}.nii.gz")
+    arguments = ["--predictions", str(tmp_path), "--data", "phantom", "--root", str(trained[0]), "--split", "test"]
+    return tmp_path, arguments, cases
+
+
+def test_another_programs_files_are_scored_with_the_same_rules(others):
+    folder, arguments, cases = others
+    image = nib.load(cases[0].label)
+    array = np.asarray(image.dataobj).copy()
+    array[:, :, 0] = 0  # the first slice is missing
+    array[array == 1] = 0  # and the RV everywhere
+    nib.save(nib.Nifti1Image(array.astype(np.float64), image.affine), folder / f"{cases[0].name}.nii.gz")
+    results = evaluate.main(arguments)
+    truth = nifti.read_label(cases[0].label, 4)
+    own = metrics.score_maps(nifti.read_label(str(folder / f"{cases[0].name}.nii.gz"), 4)[0], truth[0],
+                             truth[1].spacing, 4)  # fmt: skip
+    scores = results["per_case"][cases[0].name]
+    assert [scores[name]["hd95"] for name in ("RV", "Myo", "LV")] == own["hd95"].tolist()
+    assert scores["RV"]["dice"] == 0 and results["per_class"]["RV"]["only_truth"] == 1
+    assert results["convention"] == "masksam" and results["tolerance_mm"] == 1 and results["split"] == "test"
+    assert json.loads((folder / "metrics.json").read_text()) == results
+    other = evaluate.main([*arguments, "--metric-convention", "transunet"])
+    assert other["per_case"][cases[0].name]["RV"]["hd95"] == 0
+    assert json.loads((folder / "metrics.json").read_text()) == results  # the others' columns lie in their own files
+    assert json.loads((folder / "metrics-transunet.json").read_text()) == other
+    looser = evaluate.main([*arguments, "--tolerance", "20"])
+    assert looser["per_case"][cases[0].name]["LV"]["nsd"] >= scores["LV"]["nsd"] and looser["tolerance_mm"] == 20
+
+
+def turn(file: Path) -> None:
+    """Store the same voxels with another axis first, running backwards."""
+    image = nib.load(file)
+    turned = image.as_reoriented(np.array([[1, -1], [0, 1], [2, 1]]))
+    nib.save(nib.Nifti1Image(np.asarray(turned.dataobj).copy(), turned.affine), file)
+
+
+def resave(file: Path, change) -> None:
+    image = nib.load(file)
+    array, affine = change(np.asarray(image.dataobj).copy(), image.affine)
+    nib.save(nib.Nifti1Image(array, affine), file)
+
+
+@pytest.mark.parametrize("kind, change, found", [
+    ("missing", lambda f: f.unlink(), "found no file of {name}, expected one, {name}.nii.gz"),
+    ("twice", lambda f: shutil.copy(f, f.with_name("twice.nii.gz")), "and .*_ED.nii.gz of {name}"),
+    ("extra", lambda f: shutil.copy(f, f.with_name("patient999.nii.gz")), "patient999.nii.gz: found a file of no case"),
+    ("shape", lambda f: resave(f, lambda a, m: (a[:-1], m)), r"{name}.nii.gz: found \(D, H, W\) ="),
+    ("no affine", lambda f: resave(f, lambda a, m: (a, np.eye(4))), "{name}.nii.gz: found the affine"),
+    ("flipped", lambda f: resave(f, lambda a, m: (a, m @ np.diag([-1, 1, 1, 1]))), "{name}.nii.gz: found the affine"),
+    ("label", lambda f: resave(f, lambda a, m: (a + 3, m)), "{name}.nii.gz: found the labels"),
+    ("chances", lambda f: resave(f, lambda a, m: (a * np.float32(0.3), m)), "{name}.nii.gz: found the labels"),
+    ("truncated", lambda f: f.write_bytes(f.read_bytes()[:-400]), "{name}.nii.gz: found"),
+    ("one hot", lambda f: resave(f, lambda a, m: (np.stack([a == 1, a == 2], -1) * np.uint8(1), m)),
+     "{name}.nii.gz: found shape"),
+])  # fmt: skip
+def test_files_that_do_not_fit_are_all_listed_and_the_folder_works_once_mended(others, kind, change, found):
+    folder, arguments, cases = others
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    for case in cases[:1] if kind in ("twice", "extra") else cases:
+        file = folder / f"{case.name}.nii.gz"
+        change(file)
+        if kind == "twice":
+            (folder / "twice.nii.gz").rename(folder / f"{case.aliases[0]}.nii.gz")
+    with pytest.raises(SystemExit) as raised:
+        evaluate.main(arguments)
+    lines = str(raised.value).splitlines()
+    assert lines[0] == f"evaluate.py: {len(lines) - 1} problems, nothing was scored:"
+    for case in cases[:1] if kind in ("twice", "extra") else cases:
+        assert sum(bool(re.search(found.format(name=case.name), line)) for line in lines[1:]) == 1
+    assert not list(folder.glob("metrics*"))
+    for path in folder.iterdir():
+        path.unlink()
+    for path, content in whole.items():
+        path.write_bytes(content)
+    for case in cases:  # stored with another axis first, it is still the same
+        turn(folder / f"{case.name}.nii.gz")
+    assert evaluate.main(arguments)["mean"]["dice"] == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "expected either --ckpt FILE or --predictions DIR"),
+    (["--ckpt", "a", "--predictions", "b"], "expected either"),
+    (["--predictions", "b"], "--predictions needs --data"),
+    (["--predictions", "b", "--data", "acdc", "--input", "c"], "--input and --submission belong to --ckpt"),
+    (["--ckpt", "a", "--input", "c"], "--input needs --output"),
+    (["--ckpt", "a", "--batch", "0"], "--batch is 0, expected 1 or more"),
+    (["--ckpt", "a", "--tolerance", "0"], "--tolerance is 0.0, expected millimetres above 0"),
+    (["--ckpt", "a", "--metric-convention", "voxels"], "invalid choice: 'voxels'"),
+])  # fmt: skip
+def test_arguments_that_do_not_go_together_say_what_does(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_labels_cannot_be_scored(trained, tmp_path):
+    root = tmp_path / "set"
+    write_tree(root, "acdc")
+    arguments = ["--predictions", str(tmp_path), "--data", "acdc", "--root", str(root), "--split", "testing"]
+    for phase in ("ED", "ES"):
+        (tmp_path / f"patient101_{phase}.nii.gz").touch()
+    with pytest.raises(SystemExit, match="--split testing: .* has no labels there to score against"):
+        evaluate.main(arguments)

@@ -57,6 +57,9 @@ def test_synapse_has_transunets_split_less_three(tmp_path):
     assert numbers["train"] == [5, 6, 7, 9, 10, 21, 23, 24, 26, 28, 30, 31, 33, 37, 39]
     assert splits["test"][0].label == str(base / "label/label0001.nii.gz")
     assert layouts.find_data("synapse", str(base)).splits["test"] == splits["test"]
+    touch(base.parent / "Testing/img/img0061.nii.gz")
+    (hidden,) = layouts.find_data("synapse", str(tmp_path)).splits["testing"]
+    assert hidden.label is None and hidden.aliases == ("label0061", "img0061")
 
 
 def test_amos_takes_ct_alone_and_tests_on_its_validation_folder(tmp_path):
@@ -109,6 +112,41 @@ def test_folders_split_by_seed_and_by_nothing_else(tmp_path):
     assert len(two["train"]) == len(two["val"]) == 1
 
 
+def fold_of(root: Path, data: str, fold: int | None, **options) -> dict[str, set[str]]:
+    splits = layouts.find_data(data, str(root), fold=fold, **options).splits
+    return {name: {case.name for case in cases} for name, cases in splits.items()}
+
+
+def test_five_folds_hold_out_every_acdc_patient_once_with_both_frames_and_never_a_test_patient(tmp_path):
+    acdc_tree(tmp_path)
+    published = fold_of(tmp_path, "acdc", None)
+    folds = [fold_of(tmp_path, "acdc", fold) for fold in range(5)]
+    assert all(fold["test"] == published["test"] for fold in folds)
+    assert sorted(sum((sorted(fold["val"]) for fold in folds), [])) == sorted(published["train"] | published["val"])
+    for fold in folds:
+        held_out, trained_on = ({name[:10] for name in fold[split]} for split in ("val", "train"))
+        assert not held_out & trained_on and len(fold["val"]) == 2 * len(held_out) == 32
+    assert fold_of(tmp_path, "acdc", 1, seed=1) != folds[1]
+
+
+def test_amos_shuffles_five_folds_and_a_folder_too(tmp_path):
+    for number in range(1, 41):
+        touch(tmp_path / f"amos22/imagesTr/amos_{number:04d}.nii.gz")
+    folds = [fold_of(tmp_path, "amos", fold) for fold in (None, 0, 1, 2, 3, 4)]
+    assert folds[0] == folds[1] and [len(fold["val"]) for fold in folds] == [8] * 6
+    assert len(set().union(*(fold["val"] for fold in folds))) == 40
+    root = decathlon(tmp_path / "set", 11)
+    held_out = [layouts.find_data(str(root), fold=fold).splits["val"] for fold in range(5)]
+    assert sorted(case.name for cases in held_out for case in cases) == sorted(f"case_{i}" for i in range(11))
+
+
+@pytest.mark.parametrize("fold", [-1, 5, 3])
+def test_there_is_no_other_fold(tmp_path, fold):
+    root = decathlon(tmp_path / "set", 3)
+    with pytest.raises(ValueError, match=f"--fold {fold}: expected 0 to 2"):
+        layouts.find_data(str(root), fold=fold)
+
+
 def test_splits_final_decides_where_it_is(tmp_path):
     root = decathlon(tmp_path / "set")
     folds = [{"train": ["case_4", "case_0"], "val": ["case_2"]}, {"train": ["case_2"], "val": ["case_4"]}]
@@ -120,6 +158,10 @@ def test_splits_final_decides_where_it_is(tmp_path):
         (root / "splits_final.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="splits_final.json: found"):
             layouts.find_data(str(root))
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    assert [case.name for case in layouts.find_data(str(root), fold=1).splits["val"]] == ["case_4"]
+    with pytest.raises(ValueError, match="splits_final.json: found 2 folds, expected one of the number 2"):
+        layouts.find_data(str(root), fold=2)
 
 
 def test_nnunet_folders_with_two_channels(tmp_path):

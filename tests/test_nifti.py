@@ -266,3 +266,16 @@ def test_rounding_of_headers_is_no_mismatch_but_a_fifth_of_a_voxel_is(tmp_path):
     # Spacings whose difference is small, but not at the other end of the volume.
     save(root / "labelsTr/case_1.nii.gz", ids, np.diag([1.02, 1, 1, 1]))
     assert len(data.check_source(layouts.find_data(str(root)))) == 1
+
+
+@pytest.mark.parametrize("degrees", [0, 20])
+def test_a_label_stored_with_other_axes_than_its_image_lies_in_the_same_place(tmp_path, degrees):
+    affine = nib.affines.from_matvec(rotation(degrees) @ np.diag([1.5, 1.2, 4.0]), [-20, 30, 7])
+    ids = np.random.default_rng(0).integers(0, 3, (6, 7, 5)).astype(np.uint8)  # (x, y, z)
+    image = save(tmp_path / "image.nii", ids.astype(np.float32), affine)
+    for order, signs in ORIENTATIONS:
+        label = save(tmp_path / "label.nii", *stored_as(ids, affine, order, signs))
+        assert nifti.check_case(Case("x", (image,), label), 3) == []
+        assert np.array_equal(nifti.read_label(label, 3)[0], nifti.read_image(image)[0])
+    mirrored = save(tmp_path / "mirrored.nii", ids, affine @ np.diag([-1, 1, 1, 1]))
+    assert len(nifti.check_case(Case("x", (image,), mirrored), 3)) == 1

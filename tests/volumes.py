@@ -6,9 +6,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 from data import Plan
+from layouts import PRESETS
 from nifti import Geometry
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -80,8 +82,61 @@ def plan_for(labels: int = 3, spacing=(1.0, 1.0, 1.0), intensity=None, flip_axes
     return Plan("x", "CT" if intensity else "MR", channels, names, flip_axes, spacing, intensity)
 
 
+def one_hot(label: np.ndarray, classes: int) -> torch.Tensor:
+    return F.one_hot(torch.from_numpy(label).long(), classes).permute(3, 0, 1, 2).float()
+
+
 def to_native(semantic, geometry: Geometry, slab: int = 3) -> np.ndarray:
     """The label map (D, H, W) of a semantic map (K, D, H, W) that comes in slabs of a few slices."""
     semantic = torch.as_tensor(semantic)
     scores = data.native_scores(semantic.split(slab, dim=1), semantic.shape[1], geometry)
     return torch.cat([part.argmax(0) for part in scores]).to(torch.uint8).numpy()
+
+
+def write_case(image: Path, label: Path | None, num_classes: int, seed: int, lacking: int = 0) -> None:
+    """A body whose organs are blocks that touch each other, 9 x 80 x 72 voxels, stored with x and z running backwards.
+
+    lacking: a class that the case does not have. label: None where it is hidden.
+    """
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((72, 80, 9), np.uint8)
+    for class_id in range(1, num_classes):
+        column, row = (class_id - 1) % 4, (class_id - 1) // 4
+        if class_id != lacking:
+            ids[8 + 14 * column : 22 + 14 * column, 8 + 16 * row : 24 + 16 * row, 2:7] = class_id
+    affine = np.array([[-1.5, 0, 0, 90], [0, 1.5, 0, -70], [0, 0, -5.0, 900], [0, 0, 0, 1]])
+    save(image, (ids * 20 + rng.normal(100, 15, ids.shape)).astype(np.int16), affine)
+    if label:
+        save(label, ids, affine)
+
+
+def write_tree(root: Path, name: str) -> None:
+    """A small data set in the original layout of a preset, with the traps that its users know."""
+    num = len(PRESETS[name].labels)
+    if name == "acdc":
+        acdc_tree(root / "database", [1, 2, 3, 90])  # 1 to train, 2 and 3 to test, 90 with frames 04 and 11
+        acdc_tree(root / "hidden", [101])
+        (root / "hidden/training").rename(root / "database/testing")
+        (root / "hidden").rmdir()
+        for number in (1, 2, 3, 90, 101):
+            patient = root / f"database/{'testing' if number > 100 else 'training'}/patient{number:03d}"
+            for frame in (4, 11) if number == 90 else (1, 12):
+                stem = f"{patient.name}_frame{frame:02d}"
+                label = None if number > 100 else patient / f"{stem}_gt.nii.gz"
+                write_case(patient / f"{stem}.nii.gz", label, num, number + frame, lacking=3 * (number == 2))
+            save(patient / f"{patient.name}_4d.nii.gz", np.zeros((4, 4, 3, 2), np.int16))
+        (root / "database/training/patient090/patient090_frame01.nii.gz").write_text("neither ED nor ES")
+    elif name == "synapse":
+        base = root / "Abdomen/RawData"
+        for number in (1, 2, 5, 6, 27):  # to test, train and validate
+            files = (base / f"Training/{kind}/{kind}{number:04d}.nii.gz" for kind in ("img", "label"))
+            write_case(*files, num, number, lacking=4 * (number in (2, 6)))  # no gallbladder
+        write_case(base / "Testing/img/img0061.nii.gz", None, num, 61)
+    else:
+        for part, numbers in (("Tr", (1, 4, 5, 7, 9, 500)), ("Va", (8, 22)), ("Ts", (200, 201))):
+            for number in numbers:
+                folders = (f"images{part}", None if part == "Ts" else f"labels{part}")
+                files = (folder and root / f"amos22/{folder}/amos_{number:04d}.nii.gz" for folder in folders)
+                write_case(*files, num, number, lacking=15 * (number == 8))
+            (root / f"amos22/images{part}/amos_0507.nii.gz").write_text("MR: must not be opened")
+        (root / "amos22/dataset.json").write_text('{"labels": {"10": "pancrease"}}')  # with the file's own typos
