@@ -219,8 +219,11 @@ def test_each_convention_in_each_state(convention):
     assert scores["presence"].tolist() == [0, 1, 2, 3]
 
 
-def test_the_default_convention_is_ours():
+def test_the_defaults_are_our_convention_and_one_millimetre():
     assert np.isnan(metrics.score_maps(*np.zeros((2, 3, 3, 3), np.uint8), (1, 1, 1), 2)["dice"]).all()
+    maps = PAIRS["one voxel each"]  # 2 x 4 voxels apart
+    for size, nsd in ((0.99, 1), (1.01, 0)):
+        assert metrics.score_maps(*maps, np.full(3, size / 20**0.5), 2)["nsd"] == nsd
 
 
 @pytest.mark.parametrize("function", [metrics.dice_per_class, lambda p, t, k: metrics.score_maps(p, t, (1, 1, 1), k)])
