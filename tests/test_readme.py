@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import data
 import evaluate
 import train
+import visualize
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -90,11 +92,13 @@ def commands() -> list[list[str]]:
     return [shlex.split(part) for part in parts if part.strip()]
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if {"train.py", "evaluate.py"} & set(c)], ids=" ".join)
+PARSERS = {f"{module.__name__}.py": module.parse_arguments for module in (data, evaluate, train, visualize)}
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if PARSERS.keys() & set(c)], ids=" ".join)
 def test_commands_are_understood(command):
-    script = next(word for word in command if word in ("train.py", "evaluate.py"))
-    arguments = command[command.index(script) + 1 :]
-    {"train.py": train, "evaluate.py": evaluate}[script].parse_arguments(arguments)
+    script = next(word for word in command if word in PARSERS)
+    PARSERS[script](command[command.index(script) + 1 :])
 
 
 def test_the_two_commands_install_what_is_pinned():
