@@ -338,7 +338,8 @@ def evaluate(args: argparse.Namespace) -> dict | None:
             raise ValueError(f"--split {args.split}: {source.root} has no labels there to score against")
         return None
     results = score_files(*zip(*labelled), source, args.tolerance, args.convention, args.workers)
-    facts |= {"data": source.name, "split": args.split, "fold": args.fold}
+    name = source.name if source.name in layouts.PRESETS else source.root
+    facts |= {"data": name, "root": source.root, "split": args.split, "fold": args.fold}
     results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
     metrics.print_table(results)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Files to patches and back: orientation, alignment, checks, splits, the cache, and patches as pure functions."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -471,3 +472,66 @@ def test_hippocampus_on_disk():
     assert source.labels[1:] == ("anterior", "posterior") or len(source.labels) == 3
     assert data.check_source(source) == []
     assert np.allclose(data.make_plan(source).spacing, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_threads_answer_in_order_and_an_error_stops_what_has_not_begun(workers):
+    assert list(data.parallel(lambda i: i * i, range(50), workers, "squares")) == [i * i for i in range(50)]
+    begun = []
+
+    def fail(i):
+        begun.append(i)
+        time.sleep(0.01)
+        raise ValueError(i)
+
+    with pytest.raises(ValueError, match="0"):
+        list(data.parallel(fail, range(1000), workers, "failing"))
+    assert len(begun) < 100
+
+
+def test_threads_prepare_what_one_alone_prepares(tmp_path):
+    source = layouts.find_data(str(decathlon(tmp_path / "set", modality="CT")))
+    plans = [data.prepare(source, tmp_path / f"cache{workers}", workers) for workers in (1, 3)]
+    assert plans[0] == plans[1]
+    files = sorted((tmp_path / "cache1").glob("*.npy"))
+    assert len(files) == 20
+    assert all(file.read_bytes() == (tmp_path / "cache3" / file.name).read_bytes() for file in files)
+
+
+def test_the_command_checks_describes_and_prepares(tmp_path, capsys):
+    root = decathlon(tmp_path / "set", affine=spaced(3.0, 1.5, 1.25))
+    where = ["--data", str(root), "--cache", str(tmp_path / "cache")]
+    data.main(["check", *where])
+    assert f"{root}: no problems in 5 cases (train 4, val 1)" in capsys.readouterr().out
+    data.main(["info", *where, "--workers", "2"])
+    rows = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["slices D"] == ["8", "8", "8"] and rows["columns W"] == ["12", "12", "12"]
+    assert rows["spacing D, mm"] == ["3"] * 3 and rows["spacing W, mm"] == ["1.25"] * 3
+    # `decathlon` gives the head 4 x 3 x 4 voxels and the tail 2 x 3 x 4, of 960
+    assert rows["head"] == ["5", f"{48 * 3 * 1.5 * 1.25 / 1000:.4g}", "5"]
+    assert rows["tail"] == ["5", f"{24 * 3 * 1.5 * 1.25 / 1000:.4g}", "2.5"]
+    data.main(["prepare", *where])
+    assert len(list((tmp_path / "cache/set").glob("*.label.npy"))) == 5
+    (root / "labelsTr/case_1.nii.gz").unlink()
+    (root / "imagesTr/case_2.nii.gz").write_text("")
+    for action in ("check", "info", "prepare"):
+        with pytest.raises(SystemExit) as raised:
+            data.main([action, *where])
+        lines = str(raised.value).splitlines()
+        assert lines[0] == f"data.py: 2 problems in {root}:" and len(lines) == 3
+    with pytest.raises(SystemExit, match="--fold 9: expected 0 to 4"):
+        data.main(["check", *where, "--fold", "9"])
+
+
+def test_a_full_disk_is_a_message_and_leaves_no_half_case(tmp_path, monkeypatch):
+    def full(file, array):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    root = decathlon(tmp_path / "set")
+    with pytest.raises(SystemExit, match=r"npy could not be written \(.*No space left on device\): is there space"):
+        data.main(["prepare", "--data", str(root), "--cache", str(tmp_path / "cache")])
+    assert [file.suffix for file in (tmp_path / "cache/set").iterdir()] == [".json"]
