@@ -408,3 +408,10 @@ def test_files_say_what_the_results_say(tmp_path):
 def test_the_csv_has_only_the_metrics_that_were_scored(tmp_path):
     metrics.write_metrics(tmp_path, metrics.summarize({"a": {"dice": np.ones(3)}}, NAMES), write_whole)
     assert (tmp_path / "metrics.csv").read_text().splitlines()[:2] == ["case,class,dice", "a,RV,1.0"]
+
+
+def test_a_nan_among_the_results_is_an_error_and_no_file(tmp_path):
+    results = metrics.summarize({"a": {"dice": np.ones(3)}}, NAMES) | {"loss": np.nan}
+    with pytest.raises(ValueError, match="JSON"):
+        metrics.write_metrics(tmp_path, results, write_whole)
+    assert not list(tmp_path.iterdir())
