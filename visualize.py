@@ -123,7 +123,7 @@ def draw_overlay(
         panels: of "image", "truth", "prediction", "errors". one_row: all slices of a case beside each other, else below
             each other. worst: of `choose_slices`.
     """
-    pictures = [Picture(*picture) for picture in pictures]
+    pictures = [_stretch(Picture(*picture)) for picture in pictures]
     slices = [choose_slices(picture.truth, picture.prediction, worst) for picture in pictures]
     most, colours = max(map(len, slices)), _colours(labels)
     rows, columns = (1, most * len(panels)) if one_row else (most, len(panels))
@@ -165,14 +165,21 @@ def _colours(labels: Sequence[str]) -> list:
     return ["0.8", *itertools.islice(itertools.cycle(palette), len(labels) - 1)]
 
 
+def _stretch(picture: Picture) -> Picture:
+    """Intensities to 0 ... 1 for what is labelled and a margin around: a CT's air and bone would leave no contrast."""
+    values = picture.image[picture.truth > 0]
+    low, high = np.percentile(values if len(values) else picture.image, (1, 99))
+    margin = max((high - low) / 4, 1e-6)
+    return picture._replace(image=(picture.image - (low - margin)) / (high - low + 2 * margin))
+
+
 def _draw_panel(
     axis: plt.Axes, picture: Picture, d: int, what: str, window: tuple[slice, slice], colours: Sequence
 ) -> None:
     """A window of a slice in grey, as high and wide as its spacing makes it, and on it what the panel is for."""
     truth, prediction = picture.truth[d, *window], picture.prediction[d, *window]
-    low, high = np.percentile(picture.image, (1, 99.5))
     aspect = picture.spacing[1] / picture.spacing[2]
-    axis.imshow(picture.image[d, *window], cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
+    axis.imshow(picture.image[d, *window], cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect)
     title = f"slice {d}, {what}"
     if what in ("truth", "prediction"):
         label_map = truth if what == "truth" else prediction
@@ -201,7 +208,8 @@ def _draw_scale(axis: plt.Axes, spacing: Sequence[float]) -> None:
     mm = next((mm for mm in (100, 50, 20, 10, 5, 2) if mm <= width * spacing[2] / 2), 1)
     x, y = 0.05 * width, 0.05 * (axis.get_ylim()[1] + 0.5)
     axis.plot([x, x + mm / spacing[2]], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
-    axis.annotate(f"{mm} mm", (x, y), (0, 3), textcoords="offset points", color="white", fontsize=7)
+    shade = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1}
+    axis.annotate(f"{mm} mm", (x, y), (1, 4), textcoords="offset points", color="white", fontsize=7, bbox=shade)
 
 
 def _draw_legend(figure: plt.Figure, labels: Sequence[str], colours: Sequence, others: dict[str, str]) -> None:
@@ -214,11 +222,10 @@ def _draw_legend(figure: plt.Figure, labels: Sequence[str], colours: Sequence, o
 
 
 class Query(NamedTuple):
-    """What became of one query in one slice of a patch.
+    """One query in one slice: its number, its most probable class and how probable that is, its prompts and its mask.
 
-    number: from 0. class_id: the most probable. probability: of that class. box: x0, y0, x1, y1 in [0, 1], the box
-    prompt that SAM got. aux_mask, mask: (H, W) probabilities, of the prompt generator (None where the variant makes no
-    masks) and of the decoder.
+    box: x0, y0, x1, y1 in [0, 1], what SAM's prompt encoder got. aux_mask (None in a variant without), mask: (H, W),
+    probabilities.
     """
 
     number: int
@@ -246,11 +253,9 @@ def find_queries(model: MaskSAM, patch: torch.Tensor, index: int) -> tuple[list[
     queries = []
     for n in probabilities.argsort(descending=True).tolist():
         if class_ids[n] < model.config.num_classes:
-            aux_mask = None
-            if "aux_mask_logits" in outputs:
-                aux_mask = outputs["aux_mask_logits"][index, n].sigmoid().numpy()
+            aux = outputs["aux_mask_logits"][index, n].sigmoid().numpy() if "aux_mask_logits" in outputs else None
             mask, box = logits[index, n].sigmoid().numpy(), boxes[index, n].numpy()
-            queries.append(Query(n, int(class_ids[n]), float(probabilities[n]), box, aux_mask, mask))
+            queries.append(Query(n, int(class_ids[n]), float(probabilities[n]), box, aux, mask))
     return queries, label_map
 
 
@@ -280,7 +285,7 @@ def draw_queries(
         picture: of one slice (D is 1). queries: of `find_queries`. labels: names by id. path: PNG to write.
         columns: before the next queries go below.
     """
-    colours, height, width = _colours(labels), *picture.image.shape[1:]
+    picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
     whole = (slice(0, height), slice(0, width))
     bands, columns = -(-(len(queries) + 1) // columns), min(columns, len(queries) + 1)
     size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.7)
@@ -331,15 +336,13 @@ def sheet(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{file}: found no such file, expected the scores; run evaluate.py first")
     try:
         results = json.loads(file.read_text())
-        ranked, args.data = rank_cases(results), args.data or results["data"]
-        names = list(results["per_case"])
+        ranked, names, args.data = rank_cases(results), list(results["per_case"]), args.data or results["data"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: found {type(error).__name__} {error}, expected what evaluate.py writes") from error
-    source, known = evaluate.find_cases(args, [])  # of all splits: a case is the same in every fold
+    source, known = evaluate.find_cases(args, [])  # of all splits: which fold it was does not matter
     cases = [find_case(known, name, args.split) for name in names]
-    files = dict(zip(names, evaluate.find_predictions(cases, args.predictions)))
-    by_name = {case.name: case for case in cases}
-    pictures = [read_picture(by_name[name], files[name], len(source.labels), title) for name, title in ranked.items()]
+    files = dict(zip(names, zip(cases, evaluate.find_predictions(cases, args.predictions))))
+    pictures = [read_picture(*files[name], len(source.labels), title) for name, title in ranked.items()]
     draw_overlay(pictures, source.labels, args.output, ("truth", "prediction", "errors"), worst=True)
 
 
