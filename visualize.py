@@ -127,7 +127,7 @@ def draw_overlay(
     slices = [choose_slices(picture.truth, picture.prediction, worst) for picture in pictures]
     most, colours = max(map(len, slices)), _colours(labels)
     rows, columns = (1, most * len(panels)) if one_row else (most, len(panels))
-    size = (PANEL * columns, ((PANEL + 0.2) * rows + 0.3) * len(pictures) + 0.4)
+    size = (PANEL * columns, ((PANEL + 0.2) * rows + 0.3) * len(pictures))
     figure = plt.figure(figsize=size, layout="constrained")
     for part, picture, chosen in zip(figure.subfigures(len(pictures), squeeze=False)[:, 0], pictures, slices):
         part.suptitle(picture.name, fontsize=10, fontweight="bold")
@@ -169,7 +169,7 @@ def _stretch(picture: Picture) -> Picture:
     """Intensities to 0 ... 1 for what is labelled and a margin around: a CT's air and bone would leave no contrast."""
     values = picture.image[picture.truth > 0]
     low, high = np.percentile(values if len(values) else picture.image, (1, 99))
-    margin = max((high - low) / 4, 1e-6)
+    margin = max((high - low) / 2, 1e-6)
     return picture._replace(image=(picture.image - (low - margin)) / (high - low + 2 * margin))
 
 
@@ -213,9 +213,13 @@ def _draw_scale(axis: plt.Axes, spacing: Sequence[float]) -> None:
 
 
 def _draw_legend(figure: plt.Figure, labels: Sequence[str], colours: Sequence, others: dict[str, str]) -> None:
+    """The classes and other colours below the panels, in as many columns as there is room; the figure grows by that."""
     entries = [*zip(labels[1:], colours[1:]), *others.items()]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=9)
+    room = figure.get_figwidth() / (0.65 + 0.075 * max(len(name) for name, _ in entries))  # inches, of 9 points
+    columns = min(len(handles), max(1, int(room)))
+    figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 # ------------------------------------------------------------------------------------------------------ queries, fig. 1
@@ -288,7 +292,7 @@ def draw_queries(
     picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
     whole = (slice(0, height), slice(0, width))
     bands, columns = -(-(len(queries) + 1) // columns), min(columns, len(queries) + 1)
-    size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.7)
+    size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3)
     figure, axes = plt.subplots(2 * bands, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
