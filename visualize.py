@@ -98,8 +98,9 @@ def choose_slices(truth: np.ndarray, prediction: np.ndarray, worst: bool = False
     filled = np.flatnonzero(((truth > 0) | (prediction > 0)).any((1, 2)))
     filled = filled if len(filled) else np.arange(len(truth))
     chosen = {int(filled[round(place * (len(filled) - 1))]) for place in np.linspace(0.15, 0.85, NUM_SLICES)}
-    if worst:
-        d = int((truth != prediction).sum((1, 2)).argmax())
+    wrong = (truth != prediction).sum((1, 2))
+    if worst and wrong.any():
+        d = int(wrong.argmax())
         chosen = chosen - {min(chosen, key=lambda other: abs(other - d))} | {d}
     return sorted(chosen)
 
@@ -369,6 +370,7 @@ def queries(args: argparse.Namespace) -> None:
     spacing = [old if new is None else new for old, new in zip(prepared.geometry.spacing, plan.spacing)]
     left_out = model.config.num_queries - len(found)
     title = f"{case.name}, slice {args.slice}: {len(found)} queries, {left_out} of no object left out"
+    title += ", truth unknown" if prepared.label is None else ""
     picture = Picture(title, patch[0, index][None].numpy(), label[index][None].numpy(), label_map[None], spacing)
     draw_queries(picture, found, plan.labels, args.output)
 

@@ -73,6 +73,7 @@ def test_the_worst_slice_takes_the_place_of_its_neighbour():
     assert visualize.choose_slices(truth, prediction, worst=True) in ([2, 3, 4], [1, 2, 4])
     prediction[4, 30:38] = 1
     assert visualize.choose_slices(truth, prediction, worst=True) == [1, 3, 4]
+    assert visualize.choose_slices(truth, truth, worst=True) == [1, 3, 4]  # without errors none is the worst
 
 
 def test_the_error_panel_marks_the_voxels_that_differ_and_no_others(figures, tmp_path):
