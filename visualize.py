@@ -170,7 +170,7 @@ def _stretch(picture: Picture) -> Picture:
     """Intensities to 0 ... 1 for what is labelled and a margin around: a CT's air and bone would leave no contrast."""
     values = picture.image[picture.truth > 0]
     low, high = np.percentile(values if len(values) else picture.image, (1, 99))
-    margin = max((high - low) / 2, 1e-6)
+    margin = max((high - low) / 3, 1e-6)
     return picture._replace(image=(picture.image - (low - margin)) / (high - low + 2 * margin))
 
 
@@ -292,7 +292,7 @@ def draw_queries(
     """
     picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
     whole = (slice(0, height), slice(0, width))
-    bands, columns = -(-(len(queries) + 1) // columns), min(columns, len(queries) + 1)
+    bands, columns = -(-(len(queries) + 1) // columns), min(columns, max(2, len(queries) + 1))
     size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3)
     figure, axes = plt.subplots(2 * bands, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
@@ -369,7 +369,7 @@ def queries(args: argparse.Namespace) -> None:
     found, label_map = find_queries(model, patch, index)
     spacing = [old if new is None else new for old, new in zip(prepared.geometry.spacing, plan.spacing)]
     left_out = model.config.num_queries - len(found)
-    title = f"{case.name}, slice {args.slice}: {len(found)} queries, {left_out} of no object left out"
+    title = f"{case.name}, slice {args.slice}\nqueries: {len(found)}, left out as no object: {left_out}"
     title += ", truth unknown" if prepared.label is None else ""
     picture = Picture(title, patch[0, index][None].numpy(), label[index][None].numpy(), label_map[None], spacing)
     draw_queries(picture, found, plan.labels, args.output)
