@@ -1,6 +1,7 @@
 """Pictures: contours, errors and boxes lie where the voxels lie, in mm; cases are ranked as they were scored."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -309,8 +310,14 @@ def test_compare_draws_the_named_cases_slice_by_slice(phantom_run, figures, tmp_
 
 def test_compare_spreads_its_cases_over_the_split(phantom_run, figures, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "NUM_CASES", 2)
-    visualize.main(compare_options(phantom_run, "--output", str(tmp_path / "x.png")))
-    names = [case.name for case in phantom_run.cases]
+    cases = layouts.find_data("phantom", phantom_run.root).splits["train"]
+    for case in cases:
+        shutil.copy(case.label, tmp_path / f"{case.name}.nii.gz")
+    options = compare_options(phantom_run, "--split", "train", "--output", str(tmp_path / "x.png"))
+    options[2] = str(tmp_path)
+    visualize.main(options)
+    names = [case.name for case in cases]
+    assert len(names) > 2
     assert [part.get_suptitle() for part in figures[0].subfigs] == [names[0], names[-1]]
 
 
