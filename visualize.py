@@ -341,7 +341,9 @@ def sheet(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{file}: found no such file, expected the scores; run evaluate.py first")
     try:
         results = json.loads(file.read_text())
-        ranked, names, args.data = rank_cases(results), list(results["per_case"]), args.data or results["data"]
+        ranked, names = rank_cases(results), list(results["per_case"])
+        if not args.data:
+            args.data, args.root = results["data"], args.root or results["root"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: found {type(error).__name__} {error}, expected what evaluate.py writes") from error
     source, known = evaluate.find_cases(args, [])  # of all splits: which fold it was does not matter

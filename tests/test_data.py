@@ -427,8 +427,8 @@ def test_scores_in_slabs_are_those_of_the_whole(depth, native, slab):
     semantic = torch.from_numpy(np.random.default_rng(0).normal(size=(5, depth, 7, 8)).astype(np.float32))
     geometry = Geometry(np.eye(4), (native, 13, 6), (1.0, 1.0, 1.0))
     whole = F.interpolate(semantic[None], size=geometry.shape, mode="trilinear", align_corners=False)[0]
-    parts = list(data.native_scores(semantic.split(slab, dim=1), depth, geometry))
-    assert all(part.shape[1] <= data.NATIVE_SLICES for part in parts)
+    parts = list(data.resample_scores(semantic.split(slab, dim=1), depth, geometry.shape))
+    assert all(part.shape[1] <= data.SLAB for part in parts)
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
 
 
@@ -452,17 +452,17 @@ def test_acdc_on_disk():
     source = layouts.find_data("acdc", str(ACDC))
     assert {name: len(cases) for name, cases in source.splits.items()} == {"train": 140, "val": 20}
     assert "patient090_frame04" in {case.name for case in source.splits["val"]}
-    few = dataclasses.replace(source, splits={"train": source.splits["train"][:2], "val": source.splits["val"][:2]})
-    assert data.check_source(few) == []
+    assert data.check_source(source, workers=2) == []
     plan = data.make_plan(source)
     assert plan.spacing[0] is None and 1.3 < plan.spacing[1] < 1.7
-    for case in few.splits["val"]:
+    kept = []
+    for case in source.splits["val"]:
         prepared = data.prepare_case(case, plan)
         truth, _ = nifti.read_label(case.label, 4)
         back = to_native(one_hot(prepared.label, 4), prepared.geometry)
         assert prepared.image.shape[1] == truth.shape[0]  # slices kept
-        # A muscle ring of five pixels at 1.4 mm: nearest labels cost it about 0.013 of Dice on average.
-        assert min(dice(back, truth, k) for k in (1, 3)) > 0.97 and dice(back, truth, 2) > 0.95
+        kept.append([dice(back, truth, k) for k in (1, 2, 3)])
+    assert (np.mean(kept, axis=0) >= 0.99).all() and np.min(kept) >= 0.97
 
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the hippocampus volumes are not beside the repository")

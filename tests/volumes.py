@@ -89,7 +89,7 @@ def one_hot(label: np.ndarray, classes: int) -> torch.Tensor:
 def to_native(semantic, geometry: Geometry, slab: int = 3) -> np.ndarray:
     """The label map (D, H, W) of a semantic map (K, D, H, W) that comes in slabs of a few slices."""
     semantic = torch.as_tensor(semantic)
-    scores = data.native_scores(semantic.split(slab, dim=1), semantic.shape[1], geometry)
+    scores = data.resample_scores(semantic.split(slab, dim=1), semantic.shape[1], geometry.shape)
     return torch.cat([part.argmax(0) for part in scores]).to(torch.uint8).numpy()
 
 
