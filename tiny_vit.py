@@ -46,12 +46,8 @@ class ConvNorm(nn.Module):
         conv, norm = self.c, self.bn
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight, bias = conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
-        x = x.permute(0, 3, 1, 2)
-        if conv.groups == 1:
-            return F.conv2d(x, weight, bias, conv.stride, conv.padding).permute(0, 2, 3, 1)
-        with torch.autocast("cpu", enabled=False):  # in bf16 a depth-wise convolution is slow on a CPU
-            out = F.conv2d(x.to(weight) if x.is_cpu else x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
-        return out.permute(0, 2, 3, 1)
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, conv.stride, conv.padding, groups=conv.groups)
+        return x.permute(0, 2, 3, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -134,7 +130,7 @@ class WindowAttention(nn.Module):
         """(R, T, C) -> the same shape, each window on its own."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.heads, 3, -1))
         query, key, value = qkv.permute(3, 0, 2, 1, 4)  # (R, heads, T, C / heads) each
-        scores = query @ key.mT * query.shape[-1] ** -0.5 + self.attention_biases[:, self.distance]
+        scores = query * query.shape[-1] ** -0.5 @ key.mT + self.attention_biases[:, self.distance].to(query)
         return self.proj((scores.softmax(-1).to(value) @ value).transpose(1, 2).flatten(2))
 
 
