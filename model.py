@@ -674,7 +674,7 @@ def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             download(url, target, backbone.sha256)
-        except (urllib.error.URLError, OSError, RuntimeError, StopIteration, shutil.ReadError) as error:
+        except (urllib.error.URLError, OSError, RuntimeError, StopIteration) as error:
             raise FileNotFoundError(
                 f"SAM {name} could not be downloaded ({error}).\n  from {url}\n  to   {target}\n"
                 "Either put the file there by hand, or pass --sam-checkpoint PATH. (--sam tiny needs no weights.)"
