@@ -265,22 +265,30 @@ class ModalityStem(nn.Module):
 FEW_TOKENS = 1024  # up to which the scores are small beside everything else
 
 
-def attention(layer: nn.Module, x: Tensor) -> Tensor:
+def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
     """SAM's `Attention.forward` for image tokens, exactly; of many tokens the h*w x h*w scores are never held.
 
     SAM adds to the score of query (y, x) and key (y', x') the terms q . Rh[y, y'] and q . Rw[x, x']. Ours: they are
     folded into the product, [q, q Rh, q Rw] . [k, onehot(y'), onehot(x')], so that torch's fused attention serves.
+    Ours: windows are cut behind the linear layer `qkv` and put together before `proj`. SAM fills the last windows with
+    zeros before the layer, of which it makes its bias; here the bias is what they are filled with.
 
     Args:
-        layer: SAM's `Attention`. x: (R, h, w, C), images or windows.
+        layer: SAM's `Attention`. x: (S, h, w, C). window: side of the windows in tokens; 0 is one for the whole image.
     Returns:
-        (R, h, w, C).
+        (S, h, w, C).
     """
-    h, w = x.shape[1:3]
-    qkv = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (R, heads, h*w, c) each
-    by_row = torch.einsum("rnhwc,hkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(h, h, layer.rel_pos_h).to(x))
-    by_column = torch.einsum("rnhwc,wkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(w, w, layer.rel_pos_w).to(x))
+    qkv, size = layer.qkv(x), x.shape[1:3]
+    if window:
+        bias = layer.qkv.bias.to(qkv).expand(len(x), *(side + -side % window for side in size), -1)
+        padded, padded_size = bias.clone(), bias.shape[1:3]
+        padded[:, : size[0], : size[1]] = qkv
+        qkv, _ = window_partition(padded, window)
+    h, w = qkv.shape[1:3]
+    query, key, value = qkv.flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    # Each is (R, heads, h*w, c), of R = S images or more windows.
+    by_row = torch.einsum("rnhwc,hkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(h, h, layer.rel_pos_h).to(qkv))
+    by_column = torch.einsum("rnhwc,wkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(w, w, layer.rel_pos_w).to(qkv))
     row, column = torch.eye(h).repeat_interleave(w, 0).to(key), torch.eye(w).repeat(h, 1).to(key)
     query = torch.cat([query * layer.scale, by_row.flatten(2, 3).to(query), by_column.flatten(2, 3).to(query)], dim=-1)
     key = torch.cat([key, torch.cat([row, column], dim=-1).expand(*key.shape[:2], -1, -1)], dim=-1)
@@ -288,7 +296,8 @@ def attention(layer: nn.Module, x: Tensor) -> Tensor:
         out = (query @ key.mT).softmax(-1).to(value) @ value
     else:  # the fused kernels want one width for query, key and value: the value is padded and cut again
         out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, h + w)), scale=1.0)[..., : value.shape[-1]]
-    return layer.proj(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)))
+    out = out.transpose(1, 2).flatten(2).unflatten(1, (h, w))
+    return layer.proj(window_unpartition(out, window, padded_size, size) if window else out)
 
 
 class EncoderBlockAdapters(nn.Module):
@@ -305,13 +314,7 @@ class EncoderBlockAdapters(nn.Module):
 
     def forward(self, x: Tensor, block: nn.Module) -> Tensor:
         """SAM's `Block.forward` with two adapters. (S, h, w, C) -> the same shape."""
-        attended = block.norm1(x)
-        if block.window_size > 0:
-            windows, padded_size = window_partition(attended, block.window_size)
-            windows = attention(block.attn, windows)
-            attended = window_unpartition(windows, block.window_size, padded_size, x.shape[1:3])
-        else:
-            attended = attention(block.attn, attended)
+        attended = attention(block.attn, block.norm1(x), block.window_size)
         attended = self.behind_attention(attended)  # +
         x = x + attended
         normed = block.norm2(x)
