@@ -342,7 +342,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the network")
     add("--repeat", type=int, default=3, help="runs of each part (default: %(default)s)")
     add("--curve", choices=("depth", "queries", "side", "batch"), help="step and prediction over it, instead of parts")
-    add("--volume", type=int, nargs=3, metavar=("D", "H", "W"), help="also a case of this size, from file to file")
+    add("--volume", type=int, nargs=3, metavar=("D", "H", "W"), help="a case of this size, instead of parts")
     add("--json", help="file to write")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -385,8 +385,10 @@ def main(argv: list[str] | None = None) -> dict:
             rows[f"{args.curve} {value}"] = bench.measure(bench.predict) | {"training": bench.measure(bench.step)}
     else:
         bench = Bench(config, args)
-        rows = {"prediction": bench.measure(bench.predict), "training step": bench.measure(bench.step)}
-        rows |= bench.parts() | data_rows(bench, args.volume)
+        if not args.volume:
+            rows = {"prediction": bench.measure(bench.predict), "training step": bench.measure(bench.step)}
+            rows |= bench.parts()
+        rows |= data_rows(bench, args.volume)
     print_rows(rows, rates)
     if args.json:
         content = json.dumps(facts | {"rows": rows}, indent=1)

@@ -262,16 +262,16 @@ class ModalityStem(nn.Module):
 # -------------------------------------------------------------------------------- image encoder, 2.5 ii-iii and fig. 4c
 
 
-FEW_TOKENS = 1024  # up to which the scores are small beside everything else
+FUSED = ("cuda",)  # devices whose fused attention is worth its wider product
+MOST_SCORES = 2**20  # per head, that other devices hold at a time
 
 
 def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
-    """SAM's `Attention.forward` for image tokens, exactly; of many tokens the h*w x h*w scores are never held.
+    """SAM's `Attention.forward` for image tokens, exactly.
 
-    SAM adds to the score of query (y, x) and key (y', x') the terms q . Rh[y, y'] and q . Rw[x, x']. Ours: they are
-    folded into the product, [q, q Rh, q Rw] . [k, onehot(y'), onehot(x')], so that torch's fused attention serves.
-    Ours: windows are cut behind the linear layer `qkv` and put together before `proj`. SAM fills the last windows with
-    zeros before the layer, of which it makes its bias; here the bias is what they are filled with.
+    SAM adds to the score of query (y, x) and key (y', x') the terms q . Rh[y, y'] and q . Rw[x, x']; see the two
+    functions below. Ours: windows are cut behind the linear layer `qkv` and put together before `proj`. SAM fills the
+    last windows with zeros before the layer, of which it makes its bias; here the bias is what they are filled with.
 
     Args:
         layer: SAM's `Attention`. x: (S, h, w, C). window: side of the windows in tokens; 0 is one for the whole image.
@@ -285,19 +285,52 @@ def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
         padded[:, : size[0], : size[1]] = qkv
         qkv, _ = window_partition(padded, window)
     h, w = qkv.shape[1:3]
-    query, key, value = qkv.flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    # Each is (R, heads, h*w, c), of R = S images or more windows.
-    by_row = torch.einsum("rnhwc,hkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(h, h, layer.rel_pos_h).to(qkv))
-    by_column = torch.einsum("rnhwc,wkc->rnhwk", query.unflatten(2, (h, w)), get_rel_pos(w, w, layer.rel_pos_w).to(qkv))
-    row, column = torch.eye(h).repeat_interleave(w, 0).to(key), torch.eye(w).repeat(h, 1).to(key)
-    query = torch.cat([query * layer.scale, by_row.flatten(2, 3).to(query), by_column.flatten(2, 3).to(query)], dim=-1)
-    key = torch.cat([key, torch.cat([row, column], dim=-1).expand(*key.shape[:2], -1, -1)], dim=-1)
-    if x.device.type == "cpu" and h * w <= FEW_TOKENS:  # in bf16 forward and backward take half the fused kernel's time
-        out = (query @ key.mT).softmax(-1).to(value) @ value
-    else:  # the fused kernels want one width for query, key and value: the value is padded and cut again
-        out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, h + w)), scale=1.0)[..., : value.shape[-1]]
-    out = out.transpose(1, 2).flatten(2).unflatten(1, (h, w))
+    query, key, value = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    # Each is (R, heads, h, w, c), of R = S images or more windows.
+    by_row = torch.einsum("rnhwc,hkc->rnhwk", query, get_rel_pos(h, h, layer.rel_pos_h).to(qkv))
+    by_column = torch.einsum("rnhwc,wkc->rnhwk", query, get_rel_pos(w, w, layer.rel_pos_w).to(qkv))
+    attend = attend_fused if x.device.type in FUSED else attend_by_rows
+    out = attend(query * layer.scale, key, value, by_row.to(query), by_column.to(query))
+    out = out.movedim(1, 3).flatten(3)
     return layer.proj(window_unpartition(out, window, padded_size, size) if window else out)
+
+
+def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attention with positions, some rows of queries at a time, so that few of the h*w x h*w scores are held.
+
+    On a CPU it takes a third of the fused kernel's time for 64 x 64 tokens in bf16, half in float32.
+
+    Args:
+        query (scaled), key, value: (R, heads, h, w, c). by_row: (R, heads, h, w, h), by_column: (R, heads, h, w, w),
+            what positions add to the scores.
+    Returns:
+        (R, heads, h, w, c).
+    """
+    h, w = query.shape[2:4]
+    rows = max(1, MOST_SCORES // (h * w * w))
+    key, value, out = key.flatten(2, 3).mT, value.flatten(2, 3), []
+    for parts in zip(query.split(rows, 2), by_row.split(rows, 2), by_column.split(rows, 2)):
+        part, part_by_row, part_by_column = (tensor.flatten(2, 3) for tensor in parts)
+        scores = (part @ key).unflatten(-1, (h, w))
+        scores += part_by_row[..., :, None]
+        scores += part_by_column[..., None, :]
+        out.append((scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w)))
+    return torch.cat(out, dim=2)
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """The same through torch's fused attention, where scores are never held.
+
+    Ours: the positions are folded into the product, exactly: [q, q Rh, q Rw] . [k, onehot(y'), onehot(x')].
+    """
+    h, w = query.shape[2:4]
+    row, column = torch.eye(h).repeat_interleave(w, 0).to(key), torch.eye(w).repeat(h, 1).to(key)
+    place = torch.cat([row, column], dim=-1).unflatten(0, (h, w)).expand(*key.shape[:2], -1, -1, -1)
+    query, key = torch.cat([query, by_row, by_column], dim=-1), torch.cat([key, place], dim=-1)
+    # The kernels want one width for query, key and value: the value is padded and cut again.
+    wide = (tensor.flatten(2, 3) for tensor in (query, key, F.pad(value, (0, h + w))))
+    out = F.scaled_dot_product_attention(*wide, scale=1.0)
+    return out[..., : value.shape[-1]].unflatten(2, (h, w))
 
 
 class EncoderBlockAdapters(nn.Module):

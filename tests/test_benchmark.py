@@ -53,10 +53,10 @@ def test_memory_is_the_peak_and_not_what_is_left():
     assert meter.gib == pytest.approx(0.25, abs=0.05)
 
 
-@pytest.mark.parametrize("few_tokens", [0, 1024])
-def test_the_parts_together_do_the_arithmetic_of_the_whole(few_tokens, monkeypatch):
+@pytest.mark.parametrize("fused", [(), ("cpu",)])
+def test_the_parts_together_do_the_arithmetic_of_the_whole(fused, monkeypatch):
     """A part that is left out, or measured on other sizes, would be missed here."""
-    monkeypatch.setattr("model.FEW_TOKENS", few_tokens)
+    monkeypatch.setattr("model.FUSED", fused)
     made = bench()
     whole = {"forward": made.measure(made.predict)["gflop"], "step": made.measure(made.step)["gflop"]}
     rows = made.parts()
@@ -85,12 +85,17 @@ def test_weights_stay_as_they_are_for_the_next_measurement():
 
 def test_the_command_prints_and_writes_every_row(tmp_path, capsys):
     file = tmp_path / "cost.json"
-    results = benchmark.main([*SMALL, "--volume", "4", "40", "40", "--json", str(file)])
+    results = benchmark.main([*SMALL, "--json", str(file)])
     printed = capsys.readouterr().out
     assert json.loads(file.read_text())["rows"].keys() == results["rows"].keys()
     for name in ("prediction", "training step", "decoder", "matching", "optimizer", "plain SAM: decoder",
-                 "a patch from the cache", "score a case", "predict 4 x 40 x 40, 12 windows"):  # fmt: skip
+                 "a patch from the cache", "score a case"):  # fmt: skip
         assert name in printed and results["rows"][name]["cpu_seconds"] >= 0
+
+
+def test_a_case_goes_from_file_to_file(capsys):
+    rows = benchmark.main([*SMALL, "--volume", "4", "40", "40"])["rows"]
+    assert rows["predict 4 x 40 x 40, 12 windows"]["seconds"] > 0 and "prediction" not in rows
 
 
 @pytest.mark.parametrize("curve", ["depth", "queries", "side", "batch"])

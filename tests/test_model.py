@@ -174,10 +174,11 @@ def test_encoder_equals_sam_at_init_for_vit_b(vit_b):
     assert relative_error(neck, expected) < 1e-6
 
 
-@pytest.mark.parametrize("few_tokens", [0, model_module.FEW_TOKENS], ids=["fused", "explicit"])
-def test_attention_of_vit_b_equals_sams_in_windows_and_globally(vit_b, few_tokens, monkeypatch):
+@pytest.mark.parametrize("way, scores", [("fused", 0), ("rows", 1), ("rows", 3 * 16 * 20 * 20), ("rows", 2**20)])
+def test_attention_of_vit_b_equals_sams_in_windows_and_globally(vit_b, way, scores, monkeypatch):
     # 16 x 20 tokens: two windows a side, the far ones padded; the global block's table of positions is resampled.
-    monkeypatch.setattr(model_module, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(model_module, "FUSED", ("cpu",) if way == "fused" else ())
+    monkeypatch.setattr(model_module, "MOST_SCORES", scores)
     blocks = vit_b.sam.image_encoder.blocks
     assert blocks[1].window_size == 14 and blocks[2].window_size == 0
     for index in (1, 2):

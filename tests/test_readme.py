@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 import data
 import evaluate
 import train
@@ -92,7 +93,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(part) for part in parts if part.strip()]
 
 
-PARSERS = {f"{module.__name__}.py": module.parse_arguments for module in (data, evaluate, train, visualize)}
+PARSERS = {f"{module.__name__}.py": module.parse_arguments for module in (benchmark, data, evaluate, train, visualize)}
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if PARSERS.keys() & set(c)], ids=" ".join)
