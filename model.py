@@ -309,12 +309,16 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by
     h, w = query.shape[2:4]
     rows = max(1, MOST_SCORES // (h * w * w))
     key, value, out = key.flatten(2, 3).mT, value.flatten(2, 3), []
+
+    def attend(part: Tensor, part_by_row: Tensor, part_by_column: Tensor) -> Tensor:
+        scores = (part.flatten(2, 3) @ key).unflatten(-1, (h, w))
+        scores += part_by_row.flatten(2, 3)[..., :, None]
+        scores += part_by_column.flatten(2, 3)[..., None, :]
+        return (scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w))
+
+    again = rows < h and torch.is_grad_enabled()  # backward computes them once more, instead of holding all of them
     for parts in zip(query.split(rows, 2), by_row.split(rows, 2), by_column.split(rows, 2)):
-        part, part_by_row, part_by_column = (tensor.flatten(2, 3) for tensor in parts)
-        scores = (part @ key).unflatten(-1, (h, w))
-        scores += part_by_row[..., :, None]
-        scores += part_by_column[..., None, :]
-        out.append((scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w)))
+        out.append(checkpoint(attend, *parts, use_reentrant=False) if again else attend(*parts))
     return torch.cat(out, dim=2)
 
 

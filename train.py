@@ -83,6 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask-weight", type=float, help="of the final masks' BCE and Dice, in cost and loss")
     add("--amp", choices=AMP_TYPES, help="autocast type (default: bf16 where the device has it, else fp16 or off)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute encoder blocks in backward")
+    add("--compile", action="store_true", help="torch.compile the network: one graph; slow to start, for GPUs")
     add("--workers", type=int, help="loading processes (default: 4 beside a GPU, else 0)")
     add("--val-every", type=int, help="epochs between validations (default: a tenth of all, 2 or more)")
     add("--seed", type=int, default=0)
@@ -303,6 +304,8 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
     )  # fmt: skip
     model, sam = build_model(config, args.sam_checkpoint)
     model.to(device).gradient_checkpointing = args.checkpointing
+    if args.compile:
+        model.compile()
     criterion = SetCriterion({"mask_bce": args.mask_weight, "mask_dice": args.mask_weight})
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -868,3 +868,18 @@ def test_torchvision_is_not_imported_and_the_package_still_imports_later():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", IMPORT_CHECK], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_torch_compile_finds_one_graph_that_gives_the_same_outputs_and_gradients():
+    net = tiny()
+    volume = torch.randn(1, *([net.config.num_channels, *net.config.patch_size]))
+    weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+    def run() -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        outputs = list(net(volume).values())
+        return outputs, torch.autograd.grad(sum(output.float().sum() for output in outputs), weights, allow_unused=True)
+
+    expected = run()
+    net.compile(backend="eager", fullgraph=True)  # what is traced, without the minutes of code generation
+    for ours, theirs in zip(run(), expected):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs) if a is not None)
