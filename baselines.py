@@ -230,11 +230,11 @@ def predict_files(
     found = data.parallel(check, list(zip(cases, prompts)), workers, "checking")
     if problems := [problem for lines in found for problem in lines]:
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
-    facts = {"baseline": name, "box_margin": margin, "amp": str(amp), "sam_sha256": sha256}
+    facts = {"baseline": name, "box_margin": margin, "sam_sha256": sha256}
 
     def description(case: Case, prompt: str | Path) -> str:  # of what a label map depends on
         stats = [(os.path.abspath(path), os.stat(path)) for path in (*case.images, prompt)]
-        key = [facts, modality, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
+        key = [facts, modality, str(amp), [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
         return f"{name} with given boxes {hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
 
     sam.to(device)

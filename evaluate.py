@@ -288,6 +288,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--baseline needs --data, and --prompts gt or DIR: where its boxes are from")
     if args.baseline and (args.input or args.submission or args.largest is not None):
         parser.error("--input, --submission and --largest-component belong to --ckpt")
+    if args.baseline and args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
+        parser.error(f"--prompts and --output are both {args.output}: predictions would replace the prompts")
     if not args.baseline and (args.prompts or args.box_margin is not None):
         parser.error("--prompts and --box-margin belong to --baseline")
     if args.box_margin is not None and not 0 <= args.box_margin < float("inf"):
@@ -433,11 +435,12 @@ def predict_baseline(args: argparse.Namespace) -> tuple[layouts.DataSource, Sequ
     output = Path(args.output or Path("runs") / source.name / folder)
     files = [output / f"{case.name}.nii.gz" for case in cases]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    amp = args.amp or default_amp(device)
     facts = baselines.predict_files(
         args.baseline, cases, prompts, files, source.modality, len(source.labels), args.sam_checkpoint, margin, device,
-        AMP_TYPES[args.amp or default_amp(device)], args.workers,
+        AMP_TYPES[amp], args.workers,
     )  # fmt: skip
-    return source, cases, files, facts | {"prompts": args.prompts}
+    return source, cases, files, facts | {"prompts": args.prompts, "amp": amp}
 
 
 def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
