@@ -40,6 +40,7 @@ class Baseline:
     sam: key of `BACKBONES`. side: pixels of the encoder's square picture. home: where to get the file if it is not the
     backbone's own. stretch: every slice from its minimum to its maximum becomes [0, 1]; else SAM's mean and deviation.
     square: the slice fills the square whatever its shape; else its longest side does, and zeros the rest.
+    interpolation: of the slice to that size.
     """
 
     sam: str
@@ -55,8 +56,8 @@ class Baseline:
 BASELINES = {
     "sam": Baseline("vit_b", 1024),
     "medsam": Baseline(
-        "vit_b", 1024, "medsam_vit_b.pth from https://zenodo.org/records/10689643 (or from the Google Drive that "
-        "github.com/bowang-lab/MedSAM links to)", stretch=True, square=True, interpolation="bicubic",
+        "vit_b", 1024, "medsam_vit_b.pth from the Google Drive that github.com/bowang-lab/MedSAM links to, or from "
+        "https://zenodo.org/records/10689643", stretch=True, square=True, interpolation="bicubic",
     ),
     "mobile_sam": Baseline("mobile_sam", 1024),
     "lite_medsam": Baseline("lite_medsam", 256, stretch=True),
@@ -67,8 +68,7 @@ def load_baseline(name: str, path: str | Path | None = None) -> tuple[nn.Module,
     """SAM with a baseline's weights, in evaluation mode on the CPU, and the sha256 of their file.
 
     Args:
-        name: key of `BASELINES`. path: the user's own file, or None for the published one, which MedSAM has no script-
-            readable and checked address for.
+        name: key of `BASELINES`. path: the user's own file, or None for the published one, where a script can get it.
     Raises:
         FileNotFoundError: there is no file. ValueError: a file of something else.
     """
@@ -94,7 +94,7 @@ MR_PERCENTILES = (0.5, 99.5)  # of the voxels above 0: the same file
 def grey_levels(volume: np.ndarray, modality: str) -> np.ndarray:
     """The 8-bit pictures of a volume (D, H, W): a window of CT, else percentiles of the whole volume.
 
-    SAM says nothing of volumes; MedSAM's comparisons give it the same pictures as MedSAM.
+    SAM says nothing of volumes; MedSAM's comparison (comparisons/SAM/infer_SAM_3D_npz.py) gives it the same pictures.
 
     Args:
         modality: "CT" or anything else.
@@ -133,8 +133,8 @@ def encoder_input(picture: Tensor, baseline: Baseline) -> Tensor:
 def box_prompts(prompts: Tensor, size: Sequence[int], margin: float = 0.0) -> tuple[Tensor, Tensor]:
     """One box for every class in a slice, as the papers' "1 bbox" (a box per connected component would tell more).
 
-    SAM adds half a pixel and so takes a pixel for its centre: a box runs from its first to its last pixel, where ours
-    has an exclusive far edge.
+    SAM adds half a pixel and so takes a pixel for its centre: its box runs from the first to the last pixel of the
+    object in the encoder's picture, where ours has an exclusive far edge.
 
     Args:
         prompts: (H, W), class ids. size: (h, w) of the encoder's picture. margin: pixels of that picture added on all

@@ -300,7 +300,7 @@ def test_missing_weights_and_missing_prompts_are_one_message_and_no_output(root,
     monkeypatch.chdir(tmp_path)
     where = ["--data", "phantom", "--root", str(root)]
     for name, more, message in (
-        ("medsam", ["--prompts", "gt"], "--baseline medsam needs --sam-checkpoint FILE: medsam_vit_b.pth from https://"),
+        ("medsam", ["--prompts", "gt"], "--baseline medsam needs --sam-checkpoint FILE: medsam_vit_b.pth from the"),
         ("mobile_sam", ["--prompts", "gt", "--sam-checkpoint", "no.pt"], "--sam-checkpoint no.pt: no such file"),
         ("sam", ["--prompts", "nowhere"], "nowhere: found no file of patient"),
     ):
