@@ -185,8 +185,9 @@ def predict_case(
     """The label map of a case, one slice in memory at a time.
 
     Ours: where masks overlap that of the smaller box lies on top. MedSAM's scripts let the later class overwrite the
-    earlier, the same for ACDC (the LV lies in the myocardium's box) but by the luck of its numbers. The largest logit
-    would not do: in the box of a ring these models find what it encloses, and are as sure of it.
+    earlier, nearly the same for ACDC (the LV lies in the myocardium's box) but by the luck of its numbers. The largest
+    logit would not do: in the box of a ring these models find what it encloses, and are as sure of it (MobileSAM on
+    ACDC's validation cases, LV: Dice 0.71 instead of 0.91).
 
     Args:
         pictures: (D, H, W) grey levels 0..255. prompts: (D, H, W) class ids. margin: of `box_prompts`. amp: of
