@@ -6,6 +6,7 @@
     python evaluate.py --ckpt FILE --input DIR --output DIR            unlabelled files; no label is ever opened
     python evaluate.py --ckpt FILE --split testing --submission        hidden labels: files and a zip for the challenge
     python evaluate.py --predictions DIR --data acdc --split test      score another program's files by the same rules
+    python evaluate.py --baseline sam --prompts gt --data acdc         plain SAM, MedSAM, ... with boxes from the truth
 
     case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> slabs (K, d, H, W) ── resample_scores ──> label map
 
@@ -33,6 +34,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
 import data
 import layouts
 import metrics
@@ -255,13 +257,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", nargs="+", help="checkpoint that train.py wrote; of several the semantic maps are averaged")
     add("--predictions", help="folder of another program's label maps to score, instead of --ckpt")
+    add("--baseline", choices=baselines.BASELINES, help="a plain member of the SAM family, instead of --ckpt")
+    add("--prompts", metavar="gt|DIR", help="boxes for --baseline: of the truth, or of another program's label maps")
+    add("--box-margin", type=float, metavar="PIXELS", help="added around boxes, in pixels of the encoder's picture "
+        "(default: 0, tight; MedSAM's scripts add 20 of 1024, LiteMedSAM's 5 of 256)")  # fmt: skip
     add("--sam-checkpoint", help="SAM's own weights, if not in the cache")
     add("--data", help="preset or folder (default: what it was trained on)")
     add("--root", help="where a preset's files lie (default: as in training)")
     add("--split", default="val", help="cases: val, test, testing, ... or all (default: %(default)s)")
     add("--fold", type=int, help="0 to 4 of five (default: as in training)")
     add("--input", help="folder of unlabelled NIfTI files to predict, instead of a split")
-    add("--output", help="folder for predictions and metrics (default: predictions-<split> beside the checkpoint)")
+    add("--output", help="folder for predictions and metrics (default: predictions-<split> beside the checkpoint; of "
+        "--baseline runs/<data>/predictions-<baseline>-boxes-<prompts>-<split>)")  # fmt: skip
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="of neighbouring windows (default: %(default)s)")
     add("--weights", choices=("gaussian", "constant"), default="gaussian", help="of a window's voxels")
@@ -275,8 +282,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="how other papers score absent classes (default: %(default)s)")  # fmt: skip
     add("--workers", type=int, help="threads to check and score with (default: all cores)")
     args = parser.parse_args(argv)
-    if (args.ckpt is None) == (args.predictions is None):
-        parser.error("expected either --ckpt FILE or --predictions DIR")
+    if sum(source is not None for source in (args.ckpt, args.predictions, args.baseline)) != 1:
+        parser.error("expected either --ckpt FILE or --predictions DIR or --baseline NAME")
+    if args.baseline and not (args.data and args.prompts):
+        parser.error("--baseline needs --data, and --prompts gt or DIR: where its boxes are from")
+    if args.baseline and (args.input or args.submission or args.largest is not None):
+        parser.error("--input, --submission and --largest-component belong to --ckpt")
+    if args.baseline and args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
+        parser.error(f"--prompts and --output are both {args.output}: predictions would replace the prompts")
+    if not args.baseline and (args.prompts or args.box_margin is not None):
+        parser.error("--prompts and --box-margin belong to --baseline")
+    if args.box_margin is not None and not 0 <= args.box_margin < float("inf"):
+        parser.error(f"--box-margin is {args.box_margin:g}, expected pixels, 0 or more")
     if args.predictions and not args.data:
         parser.error("--predictions needs --data, the data set that they belong to")
     if args.predictions and (args.input or args.submission):
@@ -329,6 +346,9 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         source, cases = find_cases(args, [])
         files, output = find_predictions(cases, args.predictions), Path(args.output or args.predictions)
         facts = {"predictions": args.predictions}
+    elif args.baseline:
+        source, cases, files, facts = predict_baseline(args)
+        output = files[0].parent
     else:
         source, cases, files, facts = predict(args)
         output = files[0].parent
@@ -396,6 +416,31 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
         nifti.write_whole(output / "submission.zip", lambda file: zip_files(file, files))
         print(f"{output / 'submission.zip'}: {len(files)} files")
     return source, cases, files, {"checkpoint": args.ckpt, "epoch": [c["epoch"] for c in contents], **options}
+
+
+def predict_baseline(args: argparse.Namespace) -> tuple[layouts.DataSource, Sequence[layouts.Case], list[Path], dict]:
+    """Predict all cases that are not done yet with a plain member of the SAM family and given boxes; as `predict`.
+
+    The folder's name carries the source of the boxes, and the results do.
+    """
+    source, cases = find_cases(args, [])
+    if args.prompts != "gt":
+        prompts, origin = find_predictions(cases, args.prompts), "_".join(Path(args.prompts).resolve().parts[-2:])
+    elif hidden := [case.name for case in cases if case.label is None]:
+        raise ValueError(f"--prompts gt: --split {args.split} has no truth of {len(hidden)} cases, such as {hidden[0]}")
+    else:
+        prompts, origin = [case.label for case in cases], "gt"
+    margin = args.box_margin or 0.0
+    folder = f"predictions-{args.baseline}-boxes-{origin}{f'-margin{margin:g}' if margin else ''}-{args.split}"
+    output = Path(args.output or Path("runs") / source.name / folder)
+    files = [output / f"{case.name}.nii.gz" for case in cases]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    amp = args.amp or default_amp(device)
+    facts = baselines.predict_files(
+        args.baseline, cases, prompts, files, source.modality, len(source.labels), args.sam_checkpoint, margin, device,
+        AMP_TYPES[amp], args.workers,
+    )  # fmt: skip
+    return source, cases, files, facts | {"prompts": args.prompts, "amp": amp}
 
 
 def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:

@@ -228,7 +228,8 @@ def print_table(results: dict) -> None:
     """The scored classes in the paper's order, the others below a line, then the mean over the scored ones.
 
     Args:
-        results: of `summarize`, and where known "tolerance_mm" of NSD and the "convention" of absent classes.
+        results: of `summarize`, and where known "tolerance_mm" of NSD, the "convention" of absent classes, and of a
+            "baseline" its "prompts".
     """
     convention = results.get("convention", "masksam")
     tolerance = f" {results['tolerance_mm']:g} mm" if "tolerance_mm" in results else ""
@@ -266,6 +267,9 @@ def print_table(results: dict) -> None:
     intervals = {metric: ends for metric, ends in results["interval"].items() if ends}
     for end, name in enumerate(("95 % from", "to") if intervals else ()):
         print(line(name, {metric: ends[end] for metric, ends in intervals.items()}))
+    if "baseline" in results:
+        origin = "the truth" if results["prompts"] == "gt" else results["prompts"]
+        print(f"Not automatic: {results['baseline']} was given the boxes of {origin}.")
     if convention != "masksam":
         print(f"Absent classes are scored as {convention} does, HD95 is in voxels: never compare with our columns.")
 
