@@ -367,6 +367,14 @@ def vary(config: MaskSAMConfig, args: argparse.Namespace) -> Iterable[tuple[int,
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print, and write; returns what `--json` writes."""
     args = parse_arguments(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"benchmark.py: {error}") from error
+
+
+def run(args: argparse.Namespace) -> dict:
+    """What `main` does with the arguments."""
     preset = layouts.PRESETS[args.data]
     preset = train.recipe(preset, args.sam or preset.sam)
     names = ("patch_size", "encoder_size", "num_queries")

@@ -198,8 +198,10 @@ def find_predictions(cases: Sequence[layouts.Case], folder: str | Path) -> list[
     """The file of each case in another program's folder, under its name or an alias (patient001_ED, label0001).
 
     Raises:
-        FileNotFoundError: listing every case that has no file, and every file that belongs to no case.
+        FileNotFoundError: no such folder, or a list of all cases without a file and all files without a case.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder, expected the label maps of {len(cases)} cases")
     endings = (".nii.gz", ".nii")
     files = {path.name: path for path in Path(folder).glob("[!.]*") if path.name.endswith(endings)}
     found, problems = [], []

@@ -105,3 +105,8 @@ def test_a_curve_has_a_row_for_each_value(curve, monkeypatch, capsys):
     rows = benchmark.main([*SMALL, "--curve", curve])["rows"]
     values = {"depth": (1, 2, 4, 8), "queries": (4, 8, 16, 32), "side": (256, 512, 1024), "batch": (1, 2, 4, 8)}[curve]
     assert list(rows) == [f"{curve} {value}" for value in values]
+
+
+def test_a_size_that_does_not_fit_is_one_message():
+    with pytest.raises(SystemExit, match=r"^benchmark.py: encoder_size is \(100, 100\), expected 2 .* of 16"):
+        benchmark.main([*SMALL, "--encoder", "100", "100"])

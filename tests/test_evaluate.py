@@ -463,6 +463,12 @@ def test_another_programs_files_are_scored_with_the_same_rules(others):
     assert looser["per_case"][cases[0].name]["LV"]["nsd"] >= scores["LV"]["nsd"] and looser["tolerance_mm"] == 20
 
 
+def test_a_folder_that_is_not_there_is_one_line(others):
+    _, arguments, _ = others
+    with pytest.raises(SystemExit, match="^evaluate.py: /nowhere: no such folder, expected the label maps of 2"):
+        evaluate.main([*arguments, "--predictions", "/nowhere"])
+
+
 def turn(file: Path) -> None:
     """Store the same voxels with another axis first, running backwards."""
     image = nib.load(file)
