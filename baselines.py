@@ -12,9 +12,6 @@ Letters: C channels, D slices, H W pixels of a slice, h w those of the encoder's
 """
 
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -225,18 +222,13 @@ def predict_files(
     cases = [dataclasses.replace(case, label=None) for case in cases]
     sam, sha256 = load_baseline(name, sam_checkpoint)
 
-    def check(pair: tuple[Case, str | Path]) -> list[str]:
-        return nifti.check_case(pair[0], num_classes, [pair[1]])
-
-    found = data.parallel(check, list(zip(cases, prompts)), workers, "checking")
-    if problems := [problem for lines in found for problem in lines]:
+    if problems := data.check_cases(cases, num_classes, workers, prompts):
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
     facts = {"baseline": name, "box_margin": margin, "sam_sha256": sha256}
 
     def description(case: Case, prompt: str | Path) -> str:  # of what a label map depends on
-        stats = [(os.path.abspath(path), os.stat(path)) for path in (*case.images, prompt)]
-        key = [facts, modality, str(amp), [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
-        return f"{name} with given boxes {hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
+        key = data.file_key([facts, modality, str(amp)], (*case.images, prompt))
+        return f"{name} with given boxes {key}"
 
     sam.to(device)
     files[0].parent.mkdir(parents=True, exist_ok=True)

@@ -60,11 +60,25 @@ def parallel(function: Callable, items: Sequence, workers: int, desc: str) -> It
                 future.cancel()
 
 
+def check_cases(
+    cases: Sequence[Case], num_classes: int, workers: int = 1, others: Sequence[str | Path] | None = None
+) -> list[str]:
+    """Read every file of some cases; all problems, one line each: "FILE: found X, expected Y".
+
+    Args:
+        others: one more label map for each case, that should lie where the case lies.
+    """
+
+    def check(index: int) -> list[str]:
+        return check_case(cases[index], num_classes, [] if others is None else [others[index]])
+
+    return [problem for found in parallel(check, range(len(cases)), workers, "checking") for problem in found]
+
+
 def check_source(source: DataSource, workers: int = 1) -> list[str]:
-    """Read every file of a data set; all problems of all cases, one line each: "FILE: found X, expected Y"."""
+    """`check_cases` of all splits."""
     cases = [case for split in source.splits.values() for case in split]
-    found = parallel(lambda case: check_case(case, len(source.labels)), cases, workers, "checking")
-    return [problem for problems in found for problem in problems]
+    return check_cases(cases, len(source.labels), workers)
 
 
 # ------------------------------------------------------------------------------------------------------------ preparing
@@ -238,7 +252,7 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
     folder = Path(cache_dir)
     cases = [case for split in source.splits.values() for case in split]
     paths = [path for case in cases for path in (*case.images, case.label) if path is not None]
-    plan_file = folder / f"plan-{_key(dataclasses.asdict(source), paths)}.json"  # is there once the check has passed
+    plan_file = folder / f"plan-{file_key(dataclasses.asdict(source), paths)}.json"  # there once checked
     if plan_file.is_file():
         plan = Plan.from_dict(json.loads(plan_file.read_text()))
     else:
@@ -276,10 +290,15 @@ def _open_parts(stem: str) -> dict[str, np.ndarray]:
 
 def _stem(case: Case, plan: Plan, folder: Path) -> str:
     """What a case's cached files are called, up to their part: changes with the plan and the case's own files."""
-    return str(folder / f"{case.name}-{_key(plan.as_dict(), filter(None, (*case.images, case.label)))}")
+    return str(folder / f"{case.name}-{file_key(plan.as_dict(), filter(None, (*case.images, case.label)))}")
 
 
-def _key(facts: dict, paths: Iterable[str]) -> str:
+def file_key(facts, paths: Iterable[str | Path]) -> str:
+    """A name for what is made of files by some settings: another one once a file or a setting has changed.
+
+    Args:
+        facts: the settings, as JSON knows them.
+    """
     stats = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.exists(path)]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return hashlib.sha256(json.dumps([RECIPE, facts, files]).encode()).hexdigest()[:16]

@@ -21,8 +21,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -234,11 +232,8 @@ def score_files(
     """
     num_classes = len(source.labels)
 
-    def check(pair: tuple[layouts.Case, Path]) -> list[str]:
-        case, file = pair
-        return nifti.check_case(dataclasses.replace(case, images=()), num_classes, [file])
-
-    problems = [line for lines in data.parallel(check, list(zip(cases, files)), workers, "checking") for line in lines]
+    truths = [dataclasses.replace(case, images=()) for case in cases]
+    problems = data.check_cases(truths, num_classes, workers, files)
     if problems:
         raise ValueError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
     scores = {}
@@ -315,15 +310,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def find_cases(
     args: argparse.Namespace, trained_with: Sequence[dict]
 ) -> tuple[layouts.DataSource, Sequence[layouts.Case]]:
-    """The data set, and the cases of `--split`.
+    """The data set, and the cases of `--split`. `--fold` is filled in where the user left it open.
 
     Args:
         trained_with: train.py's arguments, from the checkpoints.
     """
     first = trained_with[0] if trained_with else {"root": None, "seed": 0}
-    fold = first.get("fold") if args.fold is None else args.fold
+    args.fold = first.get("fold") if args.fold is None else args.fold
     root = args.root if args.data or args.root else first["root"]
-    source = layouts.find_data(args.data or first["data"], root, first["seed"], fold)
+    source = layouts.find_data(args.data or first["data"], root, first["seed"], args.fold)
     splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
     if args.split not in splits:
         raise ValueError(f"--split {args.split}: {source.root} has {', '.join(splits)}")
@@ -396,11 +391,9 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
     made_by = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
 
     def description(case: layouts.Case) -> str:  # of what a label map depends on
-        images = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in case.images]
-        return "MaskSAM " + hashlib.sha256(json.dumps([made_by, options, images]).encode()).hexdigest()[:32]
+        return f"MaskSAM {data.file_key([made_by, options], case.images)}"
 
-    check = data.parallel(lambda case: nifti.check_case(case, len(plan.labels)), cases, args.workers, "checking")
-    if problems := [problem for found in check for problem in found]:
+    if problems := data.check_cases(cases, len(plan.labels), args.workers):
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
     for model in models:
         model.to(device)

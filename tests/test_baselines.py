@@ -302,7 +302,7 @@ def test_missing_weights_and_missing_prompts_are_one_message_and_no_output(root,
     for name, more, message in (
         ("medsam", ["--prompts", "gt"], "--baseline medsam needs --sam-checkpoint FILE: medsam_vit_b.pth from the"),
         ("mobile_sam", ["--prompts", "gt", "--sam-checkpoint", "no.pt"], "--sam-checkpoint no.pt: no such file"),
-        ("sam", ["--prompts", "nowhere"], "nowhere: found no file of patient"),
+        ("sam", ["--prompts", "nowhere"], "nowhere: no such folder"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
             evaluate.main(["--baseline", name, *where, *more])
