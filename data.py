@@ -548,7 +548,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="phantom", help="preset, or a folder with a dataset.json (default: phantom)")
     parser.add_argument("--root", help="where a preset's files lie (default: data/<preset>)")
     parser.add_argument("--fold", type=int, help="0 to 4 of five (default: the published split, else 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the folds (default: %(default)s)")
     parser.add_argument("--cache", default="cache", help="where prepared cases are kept (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="threads (default: all cores, 4 GiB of memory each)")
     return parser.parse_args(argv)
@@ -559,7 +558,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     workers = args.workers or default_workers()
     try:
-        source = find_data(args.data, args.root, args.seed, args.fold)
+        source = find_data(args.data, args.root, args.fold)
         if args.action == "prepare":
             plan = prepare(source, Path(args.cache) / source.name, workers)
             print(json.dumps(plan.as_dict(), indent=1))

@@ -315,10 +315,10 @@ def find_cases(
     Args:
         trained_with: train.py's arguments, from the checkpoints.
     """
-    first = trained_with[0] if trained_with else {"root": None, "seed": 0}
+    first = trained_with[0] if trained_with else {"root": None}
     args.fold = first.get("fold") if args.fold is None else args.fold
     root = args.root if args.data or args.root else first["root"]
-    source = layouts.find_data(args.data or first["data"], root, first["seed"], args.fold)
+    source = layouts.find_data(args.data or first["data"], root, args.fold)
     splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
     if args.split not in splits:
         raise ValueError(f"--split {args.split}: {source.root} has {', '.join(splits)}")

@@ -124,14 +124,15 @@ class DataSource:
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 NUM_FOLDS = 5
+SPLIT_SEED = 0  # Ours: one for all runs, so that runs of different seeds have the same validation cases
 
 
-def find_data(data: str, root: str | None = None, seed: int = 0, fold: int | None = None) -> DataSource:
+def find_data(data: str, root: str | None = None, fold: int | None = None) -> DataSource:
     """Find the files of a data set and split them.
 
     Args:
         data: name of a preset, or the path of a folder with a `dataset.json`. root: where a preset's files lie, by
-            default data/<preset>; the phantom is written there if it is not. seed: of the shuffled folds.
+            default data/<preset>; the phantom is written there if it is not.
         fold: of five-fold cross-validation over all that is not "test". None: the published split where there is one,
             else fold 0.
     Raises:
@@ -139,7 +140,7 @@ def find_data(data: str, root: str | None = None, seed: int = 0, fold: int | Non
             there is no such fold.
     """
     if data not in PRESETS:
-        return _find_folder(Path(data), seed, fold or 0)
+        return _find_folder(Path(data), fold or 0)
     preset = PRESETS[data]
     path = Path(root or Path("data") / data)
     if data == "phantom" and not path.exists():
@@ -150,20 +151,20 @@ def find_data(data: str, root: str | None = None, seed: int = 0, fold: int | Non
         raise FileNotFoundError(f"{path}: {found}. Expected {data}, from {preset.home}:\n{preset.tree}\nSee --root.")
     if fold is not None or data == "amos":  # which publishes no split
         pool = [case for split in ("train", "val") for case in splits.pop(split, ())]
-        train, val = split_cases(sorted(pool, key=lambda case: case.name), seed, fold or 0)
+        train, val = split_cases(sorted(pool, key=lambda case: case.name), fold or 0)
         splits = {"train": train, "val": val} | splits
     about = (preset.modality, (preset.modality,), preset.labels, preset.flip_axes, splits, preset.scored)
     return DataSource(data, str(path), *about)
 
 
-def split_cases(cases: list[Case], seed: int, fold: int = 0) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Shuffle the patients with a seed and hold one of five parts out: (train, val), each in the order given.
+def split_cases(cases: list[Case], fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Shuffle the patients and hold one of five parts out: (train, val), each in the order given.
 
     The frames of a patient, CASE_frame01 and so on, stay together.
     """
     patient = [case.name.split("_frame")[0] for case in cases]
     patients = list(dict.fromkeys(patient))
-    parts = np.array_split(np.random.default_rng(seed).permutation(len(patients)), NUM_FOLDS)
+    parts = np.array_split(np.random.default_rng(SPLIT_SEED).permutation(len(patients)), NUM_FOLDS)
     if not 0 <= fold < NUM_FOLDS or (fold and not len(parts[fold])):
         raise ValueError(f"--fold {fold}: expected 0 to {min(NUM_FOLDS, len(patients)) - 1}")
     held_out = {patients[i] for i in parts[fold]}
@@ -252,7 +253,7 @@ def _find_amos(root: Path) -> dict[str, list[Case]]:
 FINDERS = {"phantom": _find_phantom, "acdc": _find_acdc, "synapse": _find_synapse, "amos": _find_amos}
 
 
-def _find_folder(root: Path, seed: int, fold: int) -> DataSource:
+def _find_folder(root: Path, fold: int) -> DataSource:
     """A Decathlon or nnU-Net raw folder, from its dataset.json."""
     file = root / "dataset.json"
     if not file.is_file():
@@ -279,7 +280,7 @@ def _find_folder(root: Path, seed: int, fold: int) -> DataSource:
     modality = "CT" if "ct" in channels[0].lower().split() else "MR"
     sided = any(word in label.lower() for label in labels for word in ("left", "right"))
     flip_axes = () if sided else (2,)  # Ours: as patients are nearly symmetric; what has a side keeps it
-    splits = _folder_splits(root / "splits_final.json", cases, seed, fold)
+    splits = _folder_splits(root / "splits_final.json", cases, fold)
     return DataSource(root.resolve().name, str(root), modality, channels, labels, flip_axes, splits)
 
 
@@ -327,10 +328,10 @@ def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
     return tuple(Case(name, tuple(files[c] for c in range(num_channels)), None) for name, files in images.items())
 
 
-def _folder_splits(file: Path, cases: list[Case], seed: int, fold: int) -> dict[str, tuple[Case, ...]]:
+def _folder_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[Case, ...]]:
     """A fold of nnU-Net's splits_final.json, or where there is none, one of five shuffled folds."""
     if not file.is_file():
-        return dict(zip(("train", "val"), split_cases(cases, seed, fold)))
+        return dict(zip(("train", "val"), split_cases(cases, fold)))
     by_name = {case.name: case for case in cases}
     try:
         folds = json.loads(file.read_text())

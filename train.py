@@ -262,7 +262,7 @@ def train_epoch(epoch: int, batches, model, criterion, optimizer, scaler, args, 
 
 def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.DataSource, data.Plan, Path]:
     """Find the cases and prepare them, rank 0 first; returns them with their plan and the folder of their cache."""
-    source = layouts.find_data(args.data, args.root, args.seed, args.fold)
+    source = layouts.find_data(args.data, args.root, args.fold)
     for split in ("train", "val"):
         if not source.splits.get(split):
             found = ", ".join(source.splits)

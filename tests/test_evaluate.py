@@ -164,7 +164,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     phantom.write_phantom(root, num_patients=5, seed=3)
     torch.manual_seed(0)
     plan = data.make_plan(layouts.find_data("phantom", str(root)))
-    write_checkpoint(path, plan, {"data": "phantom", "root": str(root), "seed": 0})
+    write_checkpoint(path, plan, {"data": "phantom", "root": str(root)})
     return root, path
 
 
@@ -186,7 +186,7 @@ def test_original_layouts_with_their_traps_end_to_end(name, tmp_path, monkeypatc
         prepared = data.load_cached(case, plan, tmp_path / "cache" / name)
         back = to_native(one_hot(prepared.label, len(plan.labels)), prepared.geometry)
         assert np.array_equal(back, nifti.read_label(case.label, len(plan.labels))[0])
-    write_checkpoint(tmp_path / "best.pt", plan, {"data": name, "root": str(root), "seed": 0}, num_queries=8)
+    write_checkpoint(tmp_path / "best.pt", plan, {"data": name, "root": str(root)}, num_queries=8)
     quick = ["--ckpt", "best.pt", "--overlap", "0", "--no-mirror"]
     results = evaluate.main([*quick, "--split", "test", "--output", "predicted"])
     lacking = {"acdc": ("patient002_frame01", "LV"), "synapse": ("case0002", "gallbladder"),
@@ -405,7 +405,7 @@ def test_checkpoints_of_other_folds_are_averaged_on_the_test_split_alone(trained
     for fold in (0, 1):
         torch.manual_seed(1 + fold)
         paths.append(str(tmp_path / f"fold{fold}.pt"))
-        write_checkpoint(Path(paths[-1]), plan, {"data": "phantom", "root": str(root), "seed": 0, "fold": fold})
+        write_checkpoint(Path(paths[-1]), plan, {"data": "phantom", "root": str(root), "fold": fold})
     quick = ["--overlap", "0", "--no-mirror", "--split", "test"]
     results = evaluate.main(["--ckpt", *paths[1:], *quick, "--output", str(tmp_path / "both")])
     alone = evaluate.main(["--ckpt", paths[1], *quick, "--output", str(tmp_path / "alone")])

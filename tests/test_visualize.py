@@ -278,7 +278,7 @@ def phantom_run(tmp_path_factory):
     model, sam = build_model(MaskSAMConfig("tiny", "b9", 1, 4, 8, (4, 64, 64), (64, 64)))
     torch.nn.init.normal_(model.classifier.weight)
     torch.nn.init.normal_(model.class_tokens, std=5)
-    arguments = {"data": "phantom", "root": str(root), "seed": 0}
+    arguments = {"data": "phantom", "root": str(root)}
     plan = data.make_plan(source).as_dict()
     save_checkpoint(folder / "best.pt", model, sam, plan, epoch=1, arguments=arguments)
     predictions.mkdir()
