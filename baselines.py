@@ -204,16 +204,17 @@ def predict_case(
 
 
 def predict_files(
-    name: str, cases: Sequence[Case], prompts: Sequence[str | Path], files: Sequence[Path], modality: str,
-    num_classes: int, sam_checkpoint: str | None = None, margin: float = 0.0, device: str = "cpu",
-    amp: torch.dtype | None = None, workers: int = 1,
+    name: str, cases: Sequence[Case], files: Sequence[Path], modality: str, num_classes: int, origin: str,
+    sam_checkpoint: str | None = None, margin: float = 0.0, device: str = "cpu", amp: torch.dtype | None = None,
+    workers: int = 1,
 ) -> dict:  # fmt: skip
     """Predict all cases that are not done yet; all files are checked before anything is written.
 
     Args:
-        name: key of `BASELINES`. prompts: a label map for each case, for its boxes: a case's own label is not opened.
-            files: to write, in one folder. modality: of `grey_levels`. sam_checkpoint: of `load_baseline`. margin: of
-            `box_prompts`. amp: of `segment_slice`. workers: threads to check with.
+        name: key of `BASELINES`. cases: with prompts, the label map for their boxes; their own labels are not opened.
+            files: to write, in one folder. modality: of `grey_levels`. origin: of the boxes, for the files' headers.
+            sam_checkpoint: of `load_baseline`. margin: of `box_prompts`. amp: of `segment_slice`. workers: threads to
+            check with.
     Returns:
         Facts for the results.
     Raises:
@@ -222,23 +223,22 @@ def predict_files(
     cases = [dataclasses.replace(case, label=None) for case in cases]
     sam, sha256 = load_baseline(name, sam_checkpoint)
 
-    if problems := data.check_cases(cases, num_classes, workers, prompts):
+    if problems := data.check_cases(cases, num_classes, workers):
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
     facts = {"baseline": name, "box_margin": margin, "sam_sha256": sha256}
 
-    def description(case: Case, prompt: str | Path) -> str:  # of what a label map depends on
-        key = data.file_key([facts, modality, str(amp)], (*case.images, prompt))
-        return f"{name} with given boxes {key}"
+    def description(case: Case) -> str:  # of what a label map depends on
+        return f"{name}{origin} {data.file_key([facts, modality, str(amp)], (*case.images, case.prompts))}"
 
     sam.to(device)
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    todo = [each for each in zip(cases, prompts, files) if nifti.read_description(each[2]) != description(*each[:2])]
-    for case, prompt, file in tqdm(todo, "predicting"):
+    todo = [each for each in zip(cases, files) if nifti.read_description(each[1]) != description(each[0])]
+    for case, file in tqdm(todo, "predicting"):
         channels, geometries = zip(*map(nifti.read_image, case.images))
         # Ours: of several channels the mean of their pictures.
         pictures = np.mean([grey_levels(channel, modality) for channel in channels], axis=0, dtype=np.float32)
-        boxes_from, _ = nifti.read_label(str(prompt), num_classes)
+        boxes_from, _ = nifti.read_label(case.prompts, num_classes)
         label = predict_case(sam, BASELINES[name], pictures, boxes_from, margin, amp, case.name)
-        nifti.write_label_map(file, label, geometries[0], description(case, prompt))
+        nifti.write_label_map(file, label, geometries[0], description(case))
     print(f"{files[0].parent}: wrote {len(todo)} label maps, {len(files) - len(todo)} were there")
     return facts

@@ -144,11 +144,23 @@ class Prepared:
     """A case on the plan's grid.
 
     image: (C, D, H, W) float32, about mean 0 and deviation 1. label: (D, H, W) uint8, or None. geometry: of its file.
+    prompts: (D, H, W) uint8, a label map whose segments' boxes are given, or None.
     """
 
     image: np.ndarray
     label: np.ndarray | None
     geometry: Geometry
+    prompts: np.ndarray | None = None
+
+    def network_input(self) -> Tensor:
+        """(C, D, H, W), and behind the channels the prompts where there are any."""
+        image = torch.from_numpy(np.array(self.image))
+        return image if self.prompts is None else with_prompts(image, torch.from_numpy(np.array(self.prompts)))
+
+
+def with_prompts(image: Tensor, prompts: Tensor) -> Tensor:
+    """(C, D, H, W), (D, H, W) int -> (C + 1, D, H, W): `MaskSAM` reads given boxes off the last channel."""
+    return torch.cat([image, prompts[None].to(image)])
 
 
 def prepare_case(case: Case, plan: Plan) -> Prepared:
@@ -175,12 +187,15 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
         else:
             mean, deviation = channel.mean(), channel.std()
         image[index] = resample((channel - mean) / max(deviation, 1e-8), shape, 3, depth_order)
-    label = None
-    if case.label is not None:
-        label, label_geometry = read_label(case.label, len(plan.labels))
-        check_same_place(case.label, label_geometry, case.images[0], geometry)
-        label = resample_label(label, shape, len(plan.labels))
-    return Prepared(image, label, geometry)
+
+    def on_the_grid(path: str | None) -> np.ndarray | None:
+        if path is None:
+            return None
+        label, label_geometry = read_label(path, len(plan.labels))
+        check_same_place(path, label_geometry, case.images[0], geometry)
+        return resample_label(label, shape, len(plan.labels))
+
+    return Prepared(image, on_the_grid(case.label), geometry, on_the_grid(case.prompts))
 
 
 def resample(volume: np.ndarray, shape: tuple[int, int, int], order: int, depth_order: int) -> np.ndarray:
@@ -251,7 +266,7 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
     """
     folder = Path(cache_dir)
     cases = [case for split in source.splits.values() for case in split]
-    paths = [path for case in cases for path in (*case.images, case.label) if path is not None]
+    paths = [path for case in cases for path in (*case.images, case.label, case.prompts) if path is not None]
     plan_file = folder / f"plan-{file_key(dataclasses.asdict(source), paths)}.json"  # there once checked
     if plan_file.is_file():
         plan = Plan.from_dict(json.loads(plan_file.read_text()))
@@ -271,15 +286,24 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
         for part, array in zip(PARTS, arrays):
             write_whole(Path(f"{stems[case]}.{part}.npy"), lambda file, array=array: np.save(file, array))
 
+    def write_prompts(case: Case) -> None:
+        label, shape = read_label(case.prompts, len(plan.labels))[0], np.load(f"{stems[case]}.label.npy", "r").shape
+        array = resample_label(label, shape, len(plan.labels))
+        write_whole(_prompts_file(case, plan, folder), lambda file: np.save(file, array))
+
     for _ in parallel(write, missing, workers, "preparing"):
+        pass
+    prompted = [case for case in stems if case.prompts and not _prompts_file(case, plan, folder).is_file()]
+    for _ in parallel(write_prompts, prompted, workers, "preparing prompts"):
         pass
     return plan
 
 
 def load_cached(case: Case, plan: Plan, cache_dir: str | Path) -> Prepared:
     """A case that `prepare` has written, with memory-mapped arrays."""
-    arrays = _open_parts(_stem(case, plan, Path(cache_dir)))
-    return Prepared(arrays["image"], arrays["label"], read_header(case.images[0])[1])
+    arrays, prompts = _open_parts(_stem(case, plan, Path(cache_dir))), _prompts_file(case, plan, Path(cache_dir))
+    geometry = read_header(case.images[0])[1]
+    return Prepared(arrays["image"], arrays["label"], geometry, prompts and np.load(prompts, mmap_mode="r"))
 
 
 def _open_parts(stem: str) -> dict[str, np.ndarray]:
@@ -291,6 +315,13 @@ def _open_parts(stem: str) -> dict[str, np.ndarray]:
 def _stem(case: Case, plan: Plan, folder: Path) -> str:
     """What a case's cached files are called, up to their part: changes with the plan and the case's own files."""
     return str(folder / f"{case.name}-{file_key(plan.as_dict(), filter(None, (*case.images, case.label)))}")
+
+
+def _prompts_file(case: Case, plan: Plan, folder: Path) -> Path | None:
+    """Where the prompts of a case are cached: the label where they are the truth, else a file of their own."""
+    if case.prompts is None or case.prompts == case.label:
+        return case.prompts and Path(f"{_stem(case, plan, folder)}.label.npy")
+    return Path(f"{_stem(case, plan, folder)}.prompts-{file_key(None, [case.prompts])}.npy")
 
 
 def file_key(facts, paths: Iterable[str | Path]) -> str:
@@ -343,6 +374,7 @@ class PatchDataset(torch.utils.data.Dataset):
         length: int, seed: int, augment: bool = True,
     ):  # fmt: skip
         self.stems = [_stem(case, plan, Path(cache_dir)) for case in cases]
+        self.prompts = [_prompts_file(case, plan, Path(cache_dir)) for case in cases]
         for stem in self.stems:
             _open_parts(stem)
         self.flip_axes, self.patch_size = plan.flip_axes, tuple(patch_size)
@@ -352,21 +384,26 @@ class PatchDataset(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """image (C, D, H, W) float32 and labels (D, H, W) int64 of patch `index`."""
+        """image (C, D, H, W) float32, with prompts if its case has any (C + 1), and labels (D, H, W) int64."""
         if not 0 <= index < self.length:
             raise IndexError(f"patch {index} of {self.length}")  # ends a `for` loop over the data set
         rng = np.random.default_rng((self.seed, index))
-        case = _open_parts(self.stems[rng.integers(len(self.stems))])
+        number = rng.integers(len(self.stems))
+        case = _open_parts(self.stems[number])
         low = self._corner(case["label"].shape, case["foreground"], rng)
         angle, scale = 0.0, 1.0
         if self.augment:
             angle = rng.uniform(*ROTATION[1]) if rng.random() < ROTATION[0] else angle
             scale = np.exp(rng.uniform(*np.log(SCALING[1]))) if rng.random() < SCALING[0] else scale
-        image, label = cut(case["image"], case["label"], case["minimum"], low, self.patch_size, angle, scale)
+        place = (case["minimum"], low, self.patch_size, angle, scale)
+        image, label = cut(case["image"], case["label"], *place)
+        axes = [axis for axis in self.flip_axes if self.augment and rng.random() < 0.5]
+        image, label = image.flip([axis + 1 for axis in axes]), label.flip(axes)
         if self.augment:
-            axes = [axis for axis in self.flip_axes if rng.random() < 0.5]
-            image, label = image.flip([axis + 1 for axis in axes]), label.flip(axes)
             image = change_intensities(image, rng)
+        if self.prompts[number]:
+            _, prompts = cut(case["image"], np.load(self.prompts[number], mmap_mode="r"), *place)
+            image = with_prompts(image, prompts.flip(axes))
         return image, label
 
     def _corner(self, shape: tuple[int, ...], foreground: np.ndarray, rng: np.random.Generator) -> list[int]:

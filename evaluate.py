@@ -6,7 +6,9 @@
     python evaluate.py --ckpt FILE --input DIR --output DIR            unlabelled files; no label is ever opened
     python evaluate.py --ckpt FILE --split testing --submission        hidden labels: files and a zip for the challenge
     python evaluate.py --predictions DIR --data acdc --split test      score another program's files by the same rules
+    python evaluate.py --ckpt FILE --prompts gt|DIR                    of a model trained with given boxes
     python evaluate.py --baseline sam --prompts gt --data acdc         plain SAM, MedSAM, ... with boxes from the truth
+    python evaluate.py --compare runs/*                                one table of training runs, from their logs
 
     case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> slabs (K, d, H, W) ── resample_scores ──> label map
 
@@ -21,8 +23,9 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +145,7 @@ def predict_scores(
         with torch.no_grad(), torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off"):
             return sum(model.predict(volumes.flip(flip)).flip(flip) for flip in flips) / len(flips)
 
-    volume = torch.from_numpy(np.array(prepared.image))
+    volume = prepared.network_input()
     slabs = sliding_window_inference(predict, volume, model.config.patch_size, device=device, **windows)
     return data.resample_scores(slabs, volume.shape[1], prepared.geometry.shape)
 
@@ -192,9 +195,11 @@ def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **op
 # ------------------------------------------------------------------------------------------------ folders of label maps
 
 
-def find_predictions(cases: Sequence[layouts.Case], folder: str | Path) -> list[Path]:
+def find_predictions(cases: Sequence[layouts.Case], folder: str | Path, spare: bool = False) -> list[Path]:
     """The file of each case in another program's folder, under its name or an alias (patient001_ED, label0001).
 
+    Args:
+        spare: whether there may be files of other cases.
     Raises:
         FileNotFoundError: no such folder, or a list of all cases without a file and all files without a case.
     """
@@ -210,10 +215,48 @@ def find_predictions(cases: Sequence[layouts.Case], folder: str | Path) -> list[
         if len(own) != 1:
             what = " and ".join(map(str, own)) or "no file"
             problems.append(f"{folder}: found {what} of {case.name}, expected one, {names[0]}")
-    problems += [f"{path}: found a file of no case of this split, expected none" for path in files.values()]
+    if not spare:
+        problems += [f"{path}: found a file of no case of this split, expected none" for path in files.values()]
     if problems:
-        raise FileNotFoundError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
+        raise FileNotFoundError(f"{len(problems)} problems in {folder}:\n" + "\n".join(problems))
     return found
+
+
+def give_prompts(cases: Sequence[layouts.Case], prompts: str) -> tuple[layouts.Case, ...]:
+    """The cases with the label maps that their boxes are made of.
+
+    Args:
+        prompts: "gt", their own labels, or a folder of another program's label maps; "auto" gives none.
+    Raises:
+        ValueError: a case without truth. FileNotFoundError: as `find_predictions`.
+    """
+    if prompts == "auto":
+        return tuple(cases)
+    if prompts != "gt":
+        files = map(str, find_predictions(cases, prompts, spare=True))
+    elif hidden := [case.name for case in cases if case.label is None]:
+        raise ValueError(f"--prompts gt: {len(hidden)} cases have no truth, such as {hidden[0]}")
+    else:
+        files = (case.label for case in cases)
+    return tuple(dataclasses.replace(case, prompts=file) for case, file in zip(cases, files))
+
+
+def prompts_name(prompts: str) -> str:
+    """What --prompts adds to names of files and folders: "", "-boxes-gt" or the end of the folder's path."""
+    if prompts == "auto":
+        return ""
+    return "-boxes-" + ("gt" if prompts == "gt" else "_".join(Path(prompts).resolve().parts[-2:]))
+
+
+def describe_prompts(prompts: str) -> str:
+    """The part of a label map's description that says which boxes it was made with; `read_prompts` reads it again."""
+    return "" if prompts == "auto" else f", boxes of {prompts_name(prompts)[len('-boxes-') :][-30:]}"
+
+
+def read_prompts(files: Iterable[Path]) -> str | None:
+    """Where the boxes of label maps that this program wrote are from; None where none of them had any."""
+    found = {re.search(r", boxes of (\S+)", nifti.read_description(file)) for file in files}
+    return next((match[1] for match in found if match), None)
 
 
 def score_files(
@@ -255,7 +298,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", nargs="+", help="checkpoint that train.py wrote; of several the semantic maps are averaged")
     add("--predictions", help="folder of another program's label maps to score, instead of --ckpt")
     add("--baseline", choices=baselines.BASELINES, help="a plain member of the SAM family, instead of --ckpt")
-    add("--prompts", metavar="gt|DIR", help="boxes for --baseline: of the truth, or of another program's label maps")
+    add("--prompts", default="auto", metavar="auto|gt|DIR", help="boxes for --baseline, or for a model trained with "
+        "given ones: of the truth, or of another program's label maps (default: %(default)s)")  # fmt: skip
+    add("--compare", nargs="+", metavar="RUN", help="folders of train.py to compare in one table")
     add("--box-margin", type=float, metavar="PIXELS", help="added around boxes, in pixels of the encoder's picture "
         "(default: 0, tight; MedSAM's scripts add 20 of 1024, LiteMedSAM's 5 of 256)")  # fmt: skip
     add("--sam-checkpoint", help="SAM's own weights, if not in the cache")
@@ -279,16 +324,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="how other papers score absent classes (default: %(default)s)")  # fmt: skip
     add("--workers", type=int, help="threads to check and score with (default: all cores)")
     args = parser.parse_args(argv)
-    if sum(source is not None for source in (args.ckpt, args.predictions, args.baseline)) != 1:
-        parser.error("expected either --ckpt FILE or --predictions DIR or --baseline NAME")
-    if args.baseline and not (args.data and args.prompts):
+    if sum(source is not None for source in (args.ckpt, args.predictions, args.baseline, args.compare)) != 1:
+        parser.error("expected either --ckpt FILE or --predictions DIR or --baseline NAME or --compare RUN ...")
+    given = args.prompts != "auto"
+    if args.baseline and not (args.data and given):
         parser.error("--baseline needs --data, and --prompts gt or DIR: where its boxes are from")
     if args.baseline and (args.input or args.submission or args.largest is not None):
         parser.error("--input, --submission and --largest-component belong to --ckpt")
-    if args.baseline and args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
+    if given and args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
         parser.error(f"--prompts and --output are both {args.output}: predictions would replace the prompts")
-    if not args.baseline and (args.prompts or args.box_margin is not None):
-        parser.error("--prompts and --box-margin belong to --baseline")
+    if not args.baseline and args.box_margin is not None:
+        parser.error("--box-margin belongs to --baseline")
+    if given and (args.predictions or args.submission):
+        parser.error("--predictions and --submission take no --prompts: those of a challenge are automatic")
     if args.box_margin is not None and not 0 <= args.box_margin < float("inf"):
         parser.error(f"--box-margin is {args.box_margin:g}, expected pixels, 0 or more")
     if args.predictions and not args.data:
@@ -332,6 +380,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     """Predict, write, and where there are labels, score. Returns the results."""
     args = parse_arguments(argv)
     try:
+        if args.compare:
+            return metrics.compare_runs(args.compare)
         return evaluate(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
@@ -339,10 +389,13 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def evaluate(args: argparse.Namespace) -> dict | None:
     """What `main` does with the arguments; all files are checked before anything is written."""
+    suffix = prompts_name(args.prompts)
     if args.predictions:
         source, cases = find_cases(args, [])
         files, output = find_predictions(cases, args.predictions), Path(args.output or args.predictions)
         facts = {"predictions": args.predictions}
+        if origin := read_prompts(files):
+            facts["prompts"], suffix = origin, f"-boxes-{origin}"
     elif args.baseline:
         source, cases, files, facts = predict_baseline(args)
         output = files[0].parent
@@ -360,7 +413,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
     metrics.print_table(results)
     output.mkdir(parents=True, exist_ok=True)
-    metrics.write_metrics(output, results, nifti.write_whole)
+    metrics.write_metrics(output, results, nifti.write_whole, suffix)
     return results
 
 
@@ -378,6 +431,10 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
         cases = layouts.find_images(args.input, len(plan.channels))
     else:
         source, cases = find_cases(args, [content["arguments"] for content in contents])
+    for path, model in zip(args.ckpt, models):
+        if (model.config.prompts == "boxes") != (args.prompts != "auto"):
+            expected = "--prompts gt or DIR" if model.config.prompts == "boxes" else "--prompts auto"
+            raise ValueError(f"--prompts {args.prompts}: {path} was trained for {expected}")
     for path, other in zip((*args.ckpt, source and source.root), (*plans, source)):
         if other and (other.labels, len(other.channels)) != (plan.labels, len(plan.channels)):
             raise ValueError(
@@ -389,15 +446,17 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
     options["mirror_axes"] = list(plan.flip_axes) if args.mirror else []
     options["largest"] = class_ids(args.largest, plan.labels)
     made_by = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
+    cases = give_prompts(cases, args.prompts)
 
     def description(case: layouts.Case) -> str:  # of what a label map depends on
-        return f"MaskSAM {data.file_key([made_by, options], case.images)}"
+        key = data.file_key([made_by, options], [*case.images, *filter(None, [case.prompts])])
+        return f"MaskSAM{describe_prompts(args.prompts)} {key}"
 
     if problems := data.check_cases(cases, len(plan.labels), args.workers):
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
     for model in models:
         model.to(device)
-    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions-{args.split}")
+    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions{prompts_name(args.prompts)}-{args.split}")
     output.mkdir(parents=True, exist_ok=True)
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
     files = [output / f"{name}.nii.gz" for name in names]
@@ -410,7 +469,8 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
     if args.submission:
         nifti.write_whole(output / "submission.zip", lambda file: zip_files(file, files))
         print(f"{output / 'submission.zip'}: {len(files)} files")
-    return source, cases, files, {"checkpoint": args.ckpt, "epoch": [c["epoch"] for c in contents], **options}
+    facts = {"checkpoint": args.ckpt, "epoch": [content["epoch"] for content in contents], "prompts": args.prompts}
+    return source, cases, files, facts | options
 
 
 def predict_baseline(args: argparse.Namespace) -> tuple[layouts.DataSource, Sequence[layouts.Case], list[Path], dict]:
@@ -419,21 +479,16 @@ def predict_baseline(args: argparse.Namespace) -> tuple[layouts.DataSource, Sequ
     The folder's name carries the source of the boxes, and the results do.
     """
     source, cases = find_cases(args, [])
-    if args.prompts != "gt":
-        prompts, origin = find_predictions(cases, args.prompts), "_".join(Path(args.prompts).resolve().parts[-2:])
-    elif hidden := [case.name for case in cases if case.label is None]:
-        raise ValueError(f"--prompts gt: --split {args.split} has no truth of {len(hidden)} cases, such as {hidden[0]}")
-    else:
-        prompts, origin = [case.label for case in cases], "gt"
-    margin = args.box_margin or 0.0
-    folder = f"predictions-{args.baseline}-boxes-{origin}{f'-margin{margin:g}' if margin else ''}-{args.split}"
+    cases = give_prompts(cases, args.prompts)
+    margin = f"-margin{args.box_margin:g}" if args.box_margin else ""
+    folder = f"predictions-{args.baseline}{prompts_name(args.prompts)}{margin}-{args.split}"
     output = Path(args.output or Path("runs") / source.name / folder)
     files = [output / f"{case.name}.nii.gz" for case in cases]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     amp = args.amp or default_amp(device)
     facts = baselines.predict_files(
-        args.baseline, cases, prompts, files, source.modality, len(source.labels), args.sam_checkpoint, margin, device,
-        AMP_TYPES[amp], args.workers,
+        args.baseline, cases, files, source.modality, len(source.labels), describe_prompts(args.prompts),
+        args.sam_checkpoint, args.box_margin or 0.0, device, AMP_TYPES[amp], args.workers,
     )  # fmt: skip
     return source, cases, files, facts | {"prompts": args.prompts, "amp": amp}
 

@@ -95,13 +95,15 @@ SYNAPSE_VAL = {27, 34, 40}
 class Case:
     """One volume: name, one file per channel, and the label file, or None where it is hidden.
 
-    aliases: what else its prediction may be called; first the name that its challenge wants submitted.
+    aliases: what else its prediction may be called; first the name that its challenge wants submitted. prompts: a label
+    map whose segments' boxes the network is given, None where it makes its own.
     """
 
     name: str
     images: tuple[str, ...]
     label: str | None
     aliases: tuple[str, ...] = ()
+    prompts: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

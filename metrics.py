@@ -228,8 +228,8 @@ def print_table(results: dict) -> None:
     """The scored classes in the paper's order, the others below a line, then the mean over the scored ones.
 
     Args:
-        results: of `summarize`, and where known "tolerance_mm" of NSD, the "convention" of absent classes, and of a
-            "baseline" its "prompts".
+        results: of `summarize`, and where known "tolerance_mm" of NSD, the "convention" of absent classes, and the
+            "prompts" of the model or "baseline".
     """
     convention = results.get("convention", "masksam")
     tolerance = f" {results['tolerance_mm']:g} mm" if "tolerance_mm" in results else ""
@@ -267,23 +267,25 @@ def print_table(results: dict) -> None:
     intervals = {metric: ends for metric, ends in results["interval"].items() if ends}
     for end, name in enumerate(("95 % from", "to") if intervals else ()):
         print(line(name, {metric: ends[end] for metric, ends in intervals.items()}))
-    if "baseline" in results:
+    if results.get("prompts", "auto") != "auto":
         origin = "the truth" if results["prompts"] == "gt" else results["prompts"]
-        print(f"Not automatic: {results['baseline']} was given the boxes of {origin}.")
+        print(f"Not automatic: {results.get('baseline', 'the model')} was given the boxes of {origin}.")
     if convention != "masksam":
         print(f"Absent classes are scored as {convention} does, HD95 is in voxels: never compare with our columns.")
 
 
-def write_metrics(folder: Path, results: dict, write_whole: Callable) -> None:
+def write_metrics(folder: Path, results: dict, write_whole: Callable, suffix: str = "") -> None:
     """metrics.json, all of `results`; metrics.csv, one row a case and class, then the means. Undefined is empty.
 
     By another convention than ours the files are called metrics-<convention>.
 
     Args:
         results: of `summarize`, with what else should be kept. write_whole: `nifti.write_whole`, path and writer.
+        suffix: of the names, for results with given prompts.
     """
     content = json.dumps(results, indent=1, allow_nan=False)
-    name = "metrics" if results.get("convention", "masksam") == "masksam" else f"metrics-{results['convention']}"
+    convention = results.get("convention", "masksam")
+    name = f"metrics{suffix}" + ("" if convention == "masksam" else f"-{convention}")
     write_whole(folder / f"{name}.json", lambda file: file.write(content.encode()))
     metrics = list(results["mean"])
     table = io.StringIO()
@@ -292,3 +294,62 @@ def write_metrics(folder: Path, results: dict, write_whole: Callable) -> None:
     for case, classes in (results["per_case"] | {"mean": results["per_class"]}).items():
         writer.writerows([case, name, *(scores[metric] for metric in metrics)] for name, scores in classes.items())
     write_whole(folder / f"{name}.csv", lambda file: file.write(table.getvalue().encode()))
+
+
+# ------------------------------------------------------------------------------------------------------- several runs
+
+OF_A_RUN = ("seed", "name", "root", "cache", "resume", "device", "workers", "sam_checkpoint", "val_every")
+
+
+def compare_runs(folders: Sequence[str | Path]) -> list[dict]:
+    """Print one table of training runs (the ladder of table 4, and any other), from config.json and log.jsonl alone.
+
+    Runs that differ in nothing but their seed are one row: the mean of their best validation Dice, as measured while
+    training, and the lowest and highest of them. The columns in front are the settings in which rows differ.
+
+    Returns:
+        The rows: "settings", "seeds", "millions" of trained parameters, "dice" of each seed, "per_class" means.
+    Raises:
+        ValueError: a folder is no run, or has not been validated yet.
+    """
+    groups: dict[str, list[tuple[dict, dict, float]]] = {}
+    for folder in map(Path, folders):
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            settings = {key: value for key, value in config["arguments"].items() if key not in OF_A_RUN}
+            millions = config["parameters"]["total"][0] / 1e6
+            best = max((entry for entry in log if entry["val_dice"] is not None), key=lambda entry: entry["val_dice"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: found {type(error).__name__} {error}, expected a validated run") from error
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((settings, best, millions))
+    runs = [group[0][0] for group in groups.values()]
+    keys = list(dict.fromkeys(key for settings in runs for key in settings))
+    differing = [key for key in keys if len({json.dumps(settings.get(key)) for settings in runs}) > 1]
+    rows = []
+    for group in groups.values():
+        all_settings, best, millions = zip(*group)
+        by_class = [entry["val_dice_per_class"] for entry in best]
+        means = {name: np.array([dice[name] for dice in by_class], np.float64) for name in by_class[0]}
+        rows.append({
+            "settings": {key: all_settings[0].get(key) for key in differing or ("variant",)},
+            "seeds": len(group), "millions": millions[0], "dice": [entry["val_dice"] for entry in best],
+            "per_class": {name: _plain(_known_mean(dice, 0)) for name, dice in means.items()},
+        })  # fmt: skip
+    print_comparison(rows)
+    return rows
+
+
+def print_comparison(rows: list[dict]) -> None:
+    """The rows of `compare_runs`, in the order of their settings."""
+    classes = list(dict.fromkeys(name for row in rows for name in row["per_class"]))
+    table = [[*rows[0]["settings"], "trained M", "seeds", "Dice", "lowest", "highest", *classes]]
+    for row in sorted(rows, key=lambda row: [str(value) for value in row["settings"].values()]):
+        dice = [np.mean(row["dice"]), min(row["dice"]), max(row["dice"])]
+        values = [f"{value:.4f}" for value in dice]
+        values += ["-" if row["per_class"].get(name) is None else f"{row['per_class'][name]:.4f}" for name in classes]
+        table.append([*map(str, row["settings"].values()), f"{row['millions']:.2f}", str(row["seeds"]), *values])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    print("Best validation Dice while training, without mirroring: the same cases chose the epoch.")

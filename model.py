@@ -38,7 +38,7 @@ from adapters import (
     DepthMLPBeforeDownAdapter,
     VanillaAdapter,
 )
-from prompt_generator import PromptGenerator, resize
+from prompt_generator import PromptGenerator, boxes_of_classes, resize
 from tiny_vit import DEPTHS, WIDTHS, ConvBlock, TinyViT
 
 if "segment_anything" not in sys.modules:
@@ -180,7 +180,8 @@ class MaskSAMConfig:
     sam: key of `BACKBONES`. variant: key of `VARIANTS`. num_channels: C. num_classes: K with background.
     num_queries: N. patch_size: (D, H, W) voxels. encoder_size: (rows, columns) in pixels, multiples of the backbone's
     stride: 16, or 4 for lite_medsam.
-    mask_prompt: "logits" or "binary", what SAM's prompt encoder gets.
+    mask_prompt: "logits" or "binary", what SAM's prompt encoder gets. prompts: "auto", or "boxes" for a model that is
+    given a box of each class in a slice, in training as in use.
 
     Raises:
         ValueError: a value that no model can be built from, with what would do.
@@ -194,9 +195,11 @@ class MaskSAMConfig:
     patch_size: tuple[int, int, int] = (4, 256, 256)
     encoder_size: tuple[int, int] = (1024, 1024)
     mask_prompt: str = "logits"
+    prompts: str = "auto"
 
     def __post_init__(self):
-        for name, known in (("sam", BACKBONES), ("variant", VARIANTS), ("mask_prompt", ("logits", "binary"))):
+        choices = {"sam": BACKBONES, "variant": VARIANTS, "mask_prompt": ("logits", "binary")}
+        for name, known in (choices | {"prompts": ("auto", "boxes")}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name, length, multiple in (("patch_size", 3, 1), ("encoder_size", 2, BACKBONES[self.sam].stride)):
@@ -206,6 +209,8 @@ class MaskSAMConfig:
                 raise ValueError(f"{name} is {value}, expected {length} positive multiples of {multiple}")
         if self.num_classes < 2 or self.num_queries < 1 or self.num_channels < 1:
             raise ValueError(f"expected at least 2 classes, 1 query and 1 channel, found {self}")
+        if self.prompts == "boxes" and self.num_queries < self.num_classes:
+            raise ValueError(f"{self.num_queries} queries, expected {self.num_classes} or more: a box for every class")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -425,6 +430,9 @@ def add_position(image: Tensor, image_pe: Tensor, n: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
+IMPOSSIBLE = -1e4  # class logit of what a query cannot be; finite, so that costs are, and within float16
+
+
 class MaskSAM(nn.Module):
     """The whole network of fig. 2. SAM is built with random weights: `load_sam` brings the pre-trained ones.
 
@@ -499,22 +507,30 @@ class MaskSAM(nn.Module):
         """Segment a batch of patches.
 
         Args:
-            volume: (B, C, D, H, W), normalised, of the configured patch size.
+            volume: (B, C, D, H, W), normalised, of the configured patch size. With given boxes (B, C+1, D, H, W): the
+                last channel is a label map, whose segments' boxes they are.
         Returns:
             class_logits (S, N, K+1) and mask_logits (S, N, 4h, 4w); as the variant makes them aux_mask_logits
             (S, N, H, W) and aux_boxes (S, N, 4). The no-object class is the last.
         Raises:
             ValueError: channels or patch size differ from the configuration.
         """
-        expected = (self.config.num_channels, *self.config.patch_size)
+        boxes_are_given = self.config.prompts == "boxes"
+        expected = (self.config.num_channels + boxes_are_given, *self.config.patch_size)
         if tuple(volume.shape[1:]) != expected:
             raise ValueError(f"input is {tuple(volume.shape)}, expected (B, C, D, H, W) = (B, {str(expected)[1:]}")
         slices = volume.transpose(1, 2).flatten(0, 1)
+        given = None
+        if boxes_are_given:
+            given, allowed = boxes_of_classes(slices[:, -1], self.config.num_classes, self.config.num_queries)
+            slices = slices[:, :-1]
         neck, taps = self.encode(self.stem(slices))
         aux = self.prompt_generator(neck, taps)
-        sparse, dense, image_pe = self.encode_prompts(aux)
+        sparse, dense, image_pe = self.encode_prompts(aux, given)
         class_tokens = self.class_tokens + aux.pop("class_tokens")
         class_logits, mask_logits = self.decode(neck, image_pe, sparse, dense, class_tokens)
+        if boxes_are_given:
+            class_logits = class_logits.masked_fill(~allowed, IMPOSSIBLE)
         return {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -562,19 +578,19 @@ class MaskSAM(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def encode_prompts(self, aux: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_prompts(self, aux: dict[str, Tensor], given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """SAM's prompt encoder, unchanged, on the generated prompts.
 
         Outside autocast: in half precision the random Fourier code of a position is off by about a pixel.
 
         Args:
-            aux: of the prompt generator.
+            aux: of the prompt generator. given: boxes as in `PromptGenerator.prompts`.
         Returns:
             sparse (S*N, 2, c), the two box corners; dense (S*N, c, h, w); position code of the image (1, c, h, w).
         """
         encoder = self.sam.prompt_encoder
         with torch.autocast(self.class_tokens.device.type, enabled=False):
-            boxes, masks = self.prompt_generator.prompts(aux, encoder.mask_input_size)
+            boxes, masks = self.prompt_generator.prompts(aux, encoder.mask_input_size, given)
             rows, columns = self.config.encoder_size
             boxes = boxes * boxes.new_tensor([columns, rows, columns, rows])
             masks = None if masks is None else masks.flatten(0, 1)[:, None]

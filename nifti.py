@@ -125,7 +125,7 @@ def check_same_place(path: str, geometry: Geometry, reference_path: str, referen
 
 
 def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] = ()) -> list[str]:
-    """All that is wrong with one case, a line each: every channel, the label, and whether they lie together.
+    """All that is wrong with one case, a line each: every channel, the label maps, and whether they lie together.
 
     Args:
         predictions: more label maps, that should lie where the case lies.
@@ -138,7 +138,7 @@ def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] =
         except ValueError as error:
             problems.append(" ".join(str(error).split()))
 
-    labels = [] if case.label is None else [case.label]
+    labels = dict.fromkeys(path for path in (case.label, case.prompts) if path is not None)
     for read, path, *arguments in (
         *((read_image, path) for path in case.images),
         *((read_label, str(path), num_classes) for path in (*labels, *predictions)),

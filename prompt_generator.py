@@ -135,7 +135,9 @@ class PromptGenerator(nn.Module):
             out["aux_boxes"] = torch.cat([corner, corner + (1 - corner) * fraction], dim=-1)
         return out
 
-    def prompts(self, aux: dict[str, Tensor], mask_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def prompts(
+        self, aux: dict[str, Tensor], mask_size: tuple[int, int], given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Turn the auxiliary predictions into SAM's prompts (fig. 5 a-d).
 
         Ours: the mask prompt is the mask's logits, which SAM's own mask input is too, so that the final loss reaches
@@ -144,9 +146,16 @@ class PromptGenerator(nn.Module):
 
         Args:
             aux: of `forward`. mask_size: (rows, columns) of SAM's mask input, four times the token grid.
+            given: (S, N, 4) boxes to take instead, of the queries where they are not all zeros.
         Returns:
             boxes (S, N, 4) in [0, 1]; masks (S, N, *mask_size), or None in form b.
         """
+        boxes, masks = self._generated_prompts(aux, mask_size)
+        if given is not None:
+            boxes = torch.where(given.any(-1, keepdim=True), given, boxes)
+        return boxes, masks
+
+    def _generated_prompts(self, aux, mask_size) -> tuple[Tensor, Tensor | None]:
         if self.form == "b":
             return aux["aux_boxes"], None
         logits = aux["aux_mask_logits"].float()
@@ -160,3 +169,23 @@ class PromptGenerator(nn.Module):
         if self.form == "a":
             return torch.where(empty, mask_boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), mask_boxes), masks
         return torch.where(empty, aux["aux_boxes"], (mask_boxes + aux["aux_boxes"]) / 2), masks
+
+
+def boxes_of_classes(labels: Tensor, num_classes: int, num_queries: int) -> tuple[Tensor, Tensor]:
+    """Given boxes instead of generated ones: query i gets the box of class i + 1 (the "bbox" rows of tables 2 and 3).
+
+    Ours: the label comes with the box, as the tables have it: a query with a box has the class of its box or is no
+    object, the others are background or no object. So a class without a box in a slice is not drawn there.
+
+    Args:
+        labels: (S, H, W) int, the segments whose boxes are given, of the truth or of another program. num_classes: K.
+        num_queries: N, at least K.
+    Returns:
+        boxes (S, N, 4), zeros where none is given; allowed (S, N, K + 1) bool, what each query may be.
+    """
+    class_ids = torch.arange(1, num_classes, device=labels.device)
+    boxes = F.pad(masks_to_boxes(labels[:, None] == class_ids[:, None, None]), (0, 0, 0, num_queries - len(class_ids)))
+    query = torch.arange(num_queries, device=labels.device)[:, None]
+    own_class = torch.where(boxes.any(-1, keepdim=True), query + 1, 0)  # (S, N, 1), background without a box
+    ids = torch.arange(num_classes + 1, device=labels.device)
+    return boxes, (ids == own_class) | (ids == num_classes)

@@ -67,6 +67,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sam", choices=BACKBONES, help="backbone (default: the preset's)")
     add("--sam-checkpoint", help="SAM's own weights, if not to be downloaded")
     add("--variant", choices=VARIANTS, default="b9", help="row of table 4 (default: %(default)s, the whole model)")
+    add("--prompts", default="auto", metavar="auto|gt|DIR", help="boxes of the model's making, or given ones: of "
+        "the truth, or of another program's label maps of all cases (default: %(default)s)")  # fmt: skip
     add("--mask-prompt", choices=("logits", "binary"), default="logits", help="form of SAM's mask prompt")
     add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size", help="patch in voxels")
     add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="size that SAM sees")
@@ -126,6 +128,7 @@ def resolve(args: argparse.Namespace, preset: layouts.Preset) -> None:
         if value is None and name in defaults:
             setattr(args, name, defaults[name])
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
+    args.name += evaluate.prompts_name(args.prompts)  # no run with given boxes may pass for an automatic one
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device.startswith("cuda")
     if args.amp is None:
@@ -220,7 +223,8 @@ def resume(path: Path, model, optimizer, scaler, args, plan, world: int) -> tupl
 
 def schedule(args: argparse.Namespace, world: int) -> dict:
     """What a resumed run must share with the first one, beside model and data, to be the same run."""
-    names = ("epochs", "iterations", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "clip", "amp", "seed")
+    names = ("epochs", "iterations", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "clip", "amp", "seed",
+             "prompts")  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"processes": world}
 
 
@@ -241,6 +245,11 @@ def train_epoch(epoch: int, batches, model, criterion, optimizer, scaler, args, 
                 with torch.autocast(device.type, AMP_TYPES[args.amp], enabled=args.amp != "off"):
                     outputs = model(volume)
                 segments = data.label_map_to_segments(labels.flatten(0, 1), args.num_classes)
+                if args.prompts != "auto":  # a segment that no box points at is not asked for
+                    prompts = volume[:, -1].flatten(0, 1)
+                    asked = data.label_map_to_segments(prompts, args.num_classes).present
+                    asked[:, 0] = True
+                    segments = segments._replace(present=segments.present & asked)
                 loss, terms = criterion(outputs, segments)
                 scaler.scale(loss / args.accumulate).backward()
             for name, value in ({"loss": loss.detach()} | {f"loss_{key}": term for key, term in terms.items()}).items():
@@ -267,6 +276,8 @@ def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.
         if not source.splits.get(split):
             found = ", ".join(source.splits)
             raise ValueError(f"{source.root}: found no case of the {split} split, only of {found}")
+    splits = {name: evaluate.give_prompts(source.splits[name], args.prompts) for name in ("train", "val")}
+    source = dataclasses.replace(source, splits=source.splits | splits)
     cache = Path(args.cache) / source.name
     if world > 1:  # preparing a large set takes longer than the usual ten minutes that processes wait for each other
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
@@ -301,6 +312,7 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
     config = MaskSAMConfig(
         args.sam, args.variant, len(plan.channels), args.num_classes, args.num_queries,
         tuple(args.patch_size), tuple(args.encoder_size), args.mask_prompt,
+        "auto" if args.prompts == "auto" else "boxes",
     )  # fmt: skip
     model, sam = build_model(config, args.sam_checkpoint)
     model.to(device).gradient_checkpointing = args.checkpointing
@@ -367,7 +379,7 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
     # As evaluate.py does by default: mirrored, which validation while training has no time for.
     results = validate(model, validation_cases, plan, cache, args, device, rank, world, plan.flip_axes)
     if rank == 0:
-        metrics.print_table(results)
+        metrics.print_table(results | {"prompts": args.prompts})
         draw(run, model, validation_cases, plan, cache, args, device)
     return results
 
@@ -381,7 +393,8 @@ def draw(run: Path, model, cases, plan, cache, args, device) -> None:
         options = {"device": device, "amp": args.amp, "mirror_axes": plan.flip_axes}
         prediction = evaluate.predict_case([model.eval()], [prepared], **options)
         image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(plan.labels))[0]
-        pictures.append((case.name, image, truth, prediction, prepared.geometry.spacing))
+        title = case.name + ("" if args.prompts == "auto" else f", boxes of {args.prompts}")
+        pictures.append((title, image, truth, prediction, prepared.geometry.spacing))
     visualize.draw_overlay(pictures, plan.labels, run / "overlay.png")
     print(f"wrote {run}/best.pt, last.pt, config.json, log.jsonl, curves.png, overlay.png")
 

@@ -336,9 +336,11 @@ def compare(args: argparse.Namespace) -> None:
 
 def sheet(args: argparse.Namespace) -> None:
     """The worst, the median and the best case of an evaluation, a row each."""
-    file = Path(args.predictions) / "metrics.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: found no such file, expected the scores; run evaluate.py first")
+    scores = sorted(Path(args.predictions).glob("metrics*.json"), key=lambda path: len(path.name))
+    file = next(iter(scores), None)  # by our own convention, if there are several
+    if file is None:
+        raise FileNotFoundError(f"{args.predictions}/metrics.json: found no such file, expected the scores; run "
+                                "evaluate.py first")  # fmt: skip
     try:
         results = json.loads(file.read_text())
         ranked, names = rank_cases(results), list(results["per_case"])
@@ -356,6 +358,8 @@ def sheet(args: argparse.Namespace) -> None:
 def queries(args: argparse.Namespace) -> None:
     """The queries of one slice of a case."""
     model, content = load_checkpoint(args.ckpt, args.sam_checkpoint)
+    if model.config.prompts != "auto":
+        raise ValueError(f"{args.ckpt}: found a model that is given its boxes, expected one that makes them")
     plan = data.Plan.from_dict(content["plan"])
     _, cases = evaluate.find_cases(args, [content["arguments"]])
     case = find_case(cases, args.case, args.split)

@@ -204,7 +204,7 @@ def filled(monkeypatch) -> None:
 def test_random_weights_end_to_end_and_nothing_passes_for_automatic(run, root, tmp_path, capsys):
     results = run("--prompts", "gt", "--amp", "off")
     folder = tmp_path / "runs/phantom/predictions-small-boxes-gt-val"
-    assert json.loads((folder / "metrics.json").read_text()) == results
+    assert json.loads((folder / "metrics-boxes-gt.json").read_text()) == results
     assert results["baseline"] == "small" and results["prompts"] == "gt" and results["box_margin"] == 0
     assert "Not automatic: small was given the boxes of the truth.\n" in capsys.readouterr().out
     for case in layouts.find_data("phantom", str(root)).splits["val"]:
@@ -258,6 +258,12 @@ def test_other_prompts_are_used_and_the_truth_is_not_opened_before_scoring(run, 
         assert label[20, 30, 0] == 3
     assert results["prompts"] == "net/masks" and results["per_class"]["RV"]["only_truth"] == len(cases)
     assert "Not automatic: small was given the boxes of net/masks." in capsys.readouterr().out
+    (folder / "metrics-boxes-net_masks.json").unlink()
+    monkeypatch.setattr(evaluate, "score_files", score_files)
+    again = evaluate.main(["--predictions", str(folder), "--data", "phantom", "--root", str(root)])
+    assert again["mean"] == results["mean"] and again["prompts"] == "net_masks"  # scored as files, they still say so
+    assert "Not automatic: the model was given the boxes of net_masks." in capsys.readouterr().out
+    assert not (folder / "metrics.json").exists() and (folder / "metrics-boxes-net_masks.json").is_file()
 
 
 def test_hidden_labels_give_no_boxes_but_another_programs_do(tmp_path, monkeypatch):
@@ -270,7 +276,7 @@ def test_hidden_labels_give_no_boxes_but_another_programs_do(tmp_path, monkeypat
         array = np.ones(image.shape, np.uint8)
         nib.save(nib.Nifti1Image(array, image.affine), tmp_path / "net" / f"{case.name}.nii.gz")
     arguments = ["--baseline", "sam", "--data", "acdc", "--root", str(tmp_path / "acdc"), "--split", "testing"]
-    with pytest.raises(SystemExit, match="--prompts gt: --split testing has no truth of 2 cases, such as patient101"):
+    with pytest.raises(SystemExit, match="--prompts gt: 2 cases have no truth, such as patient101"):
         evaluate.main([*arguments, "--prompts", "gt"])
     output = ["--output", str(tmp_path / "out")]
     assert evaluate.main([*arguments, "--prompts", str(tmp_path / "net"), *output]) is None
@@ -287,8 +293,9 @@ def test_hidden_labels_give_no_boxes_but_another_programs_do(tmp_path, monkeypat
     (["--baseline", "sam", "--data", "a", "--prompts", "gt", "--largest-component"], "belong to --ckpt"),
     (["--baseline", "sam", "--data", "a", "--prompts", "gt", "--box-margin", "-1"], "--box-margin is -1, expected"),
     (["--baseline", "sam", "--data", "a", "--prompts", "b", "--output", "b/"], "would replace the prompts"),
-    (["--ckpt", "a", "--prompts", "gt"], "--prompts and --box-margin belong to --baseline"),
-    (["--predictions", "a", "--data", "acdc", "--box-margin", "0"], "--prompts and --box-margin belong to --baseline"),
+    (["--predictions", "a", "--data", "acdc", "--box-margin", "0"], "--box-margin belongs to --baseline"),
+    (["--predictions", "a", "--data", "acdc", "--prompts", "gt"], "take no --prompts"),
+    (["--ckpt", "a", "--prompts", "gt", "--submission"], "take no --prompts"),
 ])  # fmt: skip
 def test_arguments_that_do_not_go_together_say_what_does(arguments, message, capsys):
     with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """Files to patches and back: orientation, alignment, checks, splits, the cache, and patches as pure functions."""
 
+import copy
 import dataclasses
 import time
 from pathlib import Path
@@ -535,3 +536,58 @@ def test_a_full_disk_is_a_message_and_leaves_no_half_case(tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match=r"npy could not be written \(.*No space left on device\): is there space"):
         data.main(["prepare", "--data", str(root), "--cache", str(tmp_path / "cache")])
     assert [file.suffix for file in (tmp_path / "cache/set").iterdir()] == [".json"]
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def prompted(tmp_path, other: bool) -> tuple[PatchDataset, list[data.Prepared]]:
+    """Cases whose prompts are their own labels, or another program's map: 1 where the label is 2, else 0."""
+    source = layouts.find_data(str(decathlon(tmp_path / "set")))
+    (tmp_path / "net").mkdir()
+    cases = []
+    for case in source.splits["train"]:
+        label = nib.load(case.label)
+        array = (np.asarray(label.dataobj) == 2).astype(np.uint8)
+        file = save(tmp_path / "net" / f"{case.name}.nii.gz", array, label.affine)
+        cases.append(dataclasses.replace(case, prompts=file if other else case.label))
+    source = dataclasses.replace(source, splits={"train": tuple(cases)})
+    plan = data.prepare(source, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.prompts-*.npy"))) == len(cases) * other
+    return (
+        PatchDataset(cases, plan, tmp_path / "cache", (4, 8, 8), 40, seed=0),
+        [data.load_cached(case, plan, tmp_path / "cache") for case in cases],
+    )
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_prompts_follow_the_labels_through_every_change(tmp_path, other):
+    dataset, cases = prompted(tmp_path, other)
+    seen = set()
+    for patch, labels in dataset:
+        expected = (labels == 2).long() if other else labels
+        assert torch.equal(patch[-1].long(), expected)
+        seen |= set(labels.unique().tolist())
+    assert {0, 2} <= seen and len(patch) == 2
+    for case in cases:
+        expected = (case.label == 2) if other else case.label
+        assert np.array_equal(case.prompts, expected) and np.array_equal(case.network_input()[-1], expected)
+
+
+def test_prompts_change_nothing_else_of_a_patch(tmp_path):
+    dataset, _ = prompted(tmp_path, True)
+    alone = copy.copy(dataset)
+    alone.prompts = [None] * len(dataset.stems)
+    for (patch, labels), (image, same_labels) in zip(dataset, alone):
+        assert torch.equal(patch[:-1], image) and torch.equal(labels, same_labels)
+
+
+def test_prompts_of_another_place_or_label_are_found_by_the_check(tmp_path):
+    source = layouts.find_data(str(decathlon(tmp_path / "set")))
+    case = source.splits["train"][0]
+    label = nib.load(case.label)
+    wrong = save(tmp_path / "wrong.nii.gz", np.full(label.shape, 9, np.uint8), label.affine)
+    moved = save(tmp_path / "moved.nii.gz", np.zeros(label.shape, np.uint8), label.affine + np.eye(4, k=3) * 5)
+    for file in (wrong, moved):
+        (problem,) = data.check_cases([dataclasses.replace(case, prompts=file)], len(source.labels))
+        assert file in problem

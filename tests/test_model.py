@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as model_module
-from matcher import Segments, SetCriterion, masks_to_boxes
+from matcher import Segments, SetCriterion, masks_to_boxes, pairwise_terms
 from model import (
     BACKBONES,
     VARIANTS,
@@ -518,11 +518,66 @@ def test_volume_of_another_shape_is_refused_with_both_shapes():
         ({"patch_size": (0, 32, 32)}, r"patch_size is \(0, 32, 32\)"),
         ({"patch_size": (32, 32)}, r"patch_size is \(32, 32\), expected 3"),
         ({"num_classes": 1}, "at least 2 classes"),
+        ({"prompts": "gt"}, "prompts is 'gt', expected one of auto, boxes"),
+        ({"prompts": "boxes", "num_queries": 3}, "3 queries, expected 4 or more: a box for every class"),
     ],
 )
 def test_configuration_that_cannot_be_built_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         MaskSAMConfig(**changes)
+
+
+# --------------------------------------------------------------------------------------------------------- given boxes
+
+
+def prompted_task(net: MaskSAM) -> tuple[Tensor, Segments]:
+    """`task` with the truth behind the channels; the second slice lacks class 2."""
+    volume, segments = task(net)
+    labels = segments.masks.to(torch.uint8).argmax(1)
+    labels[1][labels[1] == 2] = 0
+    return torch.cat([volume, labels[None, None].to(volume)], dim=1), labels_to_segments(labels, net.config.num_classes)
+
+
+def test_what_has_no_box_is_not_drawn_and_what_has_one_is_drawn_by_its_query():
+    net = tiny(prompts="boxes")
+    volume, segments = prompted_task(net)
+    outputs = net(volume)
+    probability = outputs["class_logits"].softmax(-1)
+    assert not segments.present[1, 2] and (probability[1, :, 2] == 0).all()
+    assert (probability[0, 1, 2] > 0) and (probability[0, [0, 2], 2] == 0).all()
+    assert not net.predict(volume)[0, 2, 1].any() and net.predict(volume)[0, 2, 0].all()
+
+
+def test_a_given_box_moves_the_masks_of_its_own_query_and_slice_alone():
+    net = tiny(prompts="boxes", patch_size=(3, 32, 32))
+    volume = torch.cat([task(net)[0], torch.zeros(1, 1, 3, 32, 32)], dim=1)
+    volume[0, -1, 1, 4:9, 4:9] = 2
+    moved = volume.clone()
+    moved[0, -1, 1, 9:20, 4:9] = 2
+    with torch.no_grad():
+        difference = (net(moved)["mask_logits"] - net(volume)["mask_logits"]).abs().flatten(2).amax(-1)
+    assert (difference > 0).nonzero().tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_given_boxes_all_trains_and_every_class_goes_to_its_query(variant):
+    net = tiny(variant=variant, prompts="boxes")
+    volume, segments = prompted_task(net)
+    outputs, criterion = net(volume), SetCriterion()
+    loss, _ = criterion(outputs, segments)
+    loss.backward()
+    assert loss < 100  # what no query may be would cost thousands
+    assert not [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assigned = criterion.matcher(pairwise_terms(outputs, segments), segments.present)
+    assert assigned[:, 0, 1].all() and assigned[0, 1, 2] and not assigned[1, :, 2].any()
+
+
+def test_a_checkpoint_from_before_there_were_given_boxes_is_automatic(small, tmp_path):
+    path, net = saved(small, tmp_path)
+    content = torch.load(path, weights_only=True)
+    del content["config"]["prompts"]
+    torch.save(content, path)
+    assert load_checkpoint(path, small)[0].config == net.config
 
 
 # ------------------------------------------------------------------------------------------------------------- training

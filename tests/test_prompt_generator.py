@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prompt_generator import PROMPT_FORMS, PromptGenerator, level_sizes, resize
+from prompt_generator import PROMPT_FORMS, PromptGenerator, boxes_of_classes, level_sizes, resize
 
 S, N, DIM, WIDTH = 3, 4, 32, 24
 GRID, PATCH = (4, 6), (30, 44)
@@ -214,3 +214,32 @@ def test_prompts_are_float32_with_boxes_of_every_slice_and_query():
     boxes, masks = module.prompts(aux, (16, 24))
     assert boxes.dtype == masks.dtype == torch.float32
     assert boxes.shape == (S, N, 4) and masks.shape == (S, N, 16, 24)
+
+
+# --------------------------------------------------------------------------------------------------------- given boxes
+
+
+def test_the_box_of_a_class_goes_to_its_own_query_with_its_label():
+    """Classes 1 and 2 in the first slice, none in the second; three classes with background, four queries."""
+    labels = torch.zeros(2, 8, 10, dtype=torch.long)
+    labels[0, 2:4, 5:10], labels[0, 6, 0] = 1, 2
+    boxes, allowed = boxes_of_classes(labels, 3, 4)
+    assert torch.allclose(boxes[0, 0], torch.tensor([0.5, 0.25, 1.0, 0.5]))
+    assert torch.allclose(boxes[0, 1], torch.tensor([0.0, 0.75, 0.1, 0.875]))
+    assert not boxes[0, 2:].any() and not boxes[1].any()
+    background, first, second = [True, False, False, True], [False, True, False, True], [False, False, True, True]
+    assert allowed[0].tolist() == [first, second, background, background]
+    assert allowed[1].tolist() == [background] * 4
+
+
+@pytest.mark.parametrize("form", PROMPT_FORMS)
+def test_a_given_box_replaces_the_generated_one_and_no_other(form):
+    module = generator(form)
+    aux = module(*features())
+    given = torch.zeros(S, N, 4)
+    given[1, 2] = torch.tensor([0.1, 0.2, 0.7, 0.9])
+    boxes, masks = module.prompts(aux, (16, 24), given)
+    own_boxes, own_masks = module.prompts(aux, (16, 24))
+    changed = (boxes != own_boxes).any(-1)
+    assert changed.nonzero().tolist() == [[1, 2]] and torch.equal(boxes[1, 2], given[1, 2])
+    assert (masks is None and form == "b") or torch.equal(masks, own_masks)

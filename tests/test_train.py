@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
+import layouts
 import metrics
+import nifti
 import phantom
 import train
+import visualize
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = "--sam tiny --patch 4 64 64 --encoder 64 64 --queries 4 --amp off --val-every 2 --lr 1e-3".split()
@@ -177,3 +181,80 @@ def test_bad_arguments_end_in_one_message(root, tmp_path, monkeypatch, arguments
     with pytest.raises(SystemExit, match=message):
         train.main([*defaults, *SMALL, "--epochs", "1", "--iterations", "1", *arguments])
     assert not list(tmp_path.rglob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------------------- given boxes, compare
+
+
+def test_a_run_with_given_boxes_is_named_scored_and_drawn_as_such(root, tmp_path, monkeypatch, capsys):
+    """Boxes of the truth in training and evaluation, then another program's with the same checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--epochs", "1", "--iterations", "2"]
+    train.main(["--data", "phantom", "--root", str(root), "--name", "a", *SMALL, *arguments, "--prompts", "gt"])
+    assert "Not automatic: the model was given the boxes of the truth." in capsys.readouterr().out
+    checkpoint = ["--ckpt", "runs/phantom-a-boxes-gt/best.pt", "--amp", "off", "--no-mirror"]
+    with pytest.raises(SystemExit, match="--prompts auto: runs/.*best.pt was trained for --prompts gt or DIR"):
+        evaluate.main(checkpoint)
+    results = evaluate.main([*checkpoint, "--prompts", "gt"])
+    folder = tmp_path / "runs/phantom-a-boxes-gt/predictions-boxes-gt-val"
+    assert json.loads((folder / "metrics-boxes-gt.json").read_text()) == results and results["prompts"] == "gt"
+    log = [json.loads(line) for line in (folder.parent / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["val_dice"] == pytest.approx(results["mean"]["dice"])  # it was not mirrored either
+    for case in layouts.find_data("phantom", str(root)).splits["val"]:
+        truth, found = (nifti.read_label(str(f), 4)[0] for f in (case.label, folder / f"{case.name}.nii.gz"))
+        for class_id in (1, 2, 3):
+            lacking = ~(truth == class_id).any((1, 2))
+            assert not (found == class_id)[lacking].any()
+    rescored = evaluate.main(["--predictions", str(folder), "--data", "phantom", "--root", str(root)])
+    assert rescored["prompts"] == "gt" and rescored["mean"] == results["mean"]
+    assert not (folder / "metrics.json").exists()
+    other = evaluate.main([*checkpoint, "--prompts", str(folder)])
+    name = f"boxes-{folder.parent.name}_{folder.name}"
+    assert (folder.parent / f"predictions-{name}-val" / f"metrics-{name}.json").is_file()
+    assert other["prompts"] == str(folder)
+    visualize.main(["sheet", "--predictions", str(folder), "--output", "sheet.png"])
+    with pytest.raises(SystemExit, match="found a model that is given its boxes"):
+        visualize.main(["queries", "--ckpt", checkpoint[1], "--case", case.name])
+
+
+def test_an_automatic_run_takes_no_boxes(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(root, tmp_path, "auto", "--epochs", "1", "--iterations", "1")
+    with pytest.raises(SystemExit, match="--prompts gt: .*best.pt was trained for --prompts auto"):
+        evaluate.main(["--ckpt", "runs/phantom-auto/best.pt", "--prompts", "gt"])
+
+
+def test_segments_without_a_box_of_the_other_program_are_not_asked_for(root, tmp_path, monkeypatch):
+    """The other program sees nothing at all: only the background is matched, and the loss stays that of one class."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "net"
+    folder.mkdir()
+    for cases in layouts.find_data("phantom", str(root)).splits.values():
+        for case in cases:  # of the test split too: files of other cases do not matter
+            label = nib.load(case.label)
+            nib.save(nib.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), folder / f"{case.name}.nii.gz")
+    train.main(["--data", "phantom", "--root", str(root), *SMALL, "--epochs", "1", "--iterations", "2", "--name", "n",
+                "--prompts", str(folder)])  # fmt: skip
+    (log,) = (tmp_path / "runs").glob("phantom-n-boxes-*/log.jsonl")
+    entry = json.loads(log.read_text().splitlines()[-1])
+    assert entry["loss_class"] < 5 and entry["val_dice"] == 0
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dice = {}
+    for variant, seed in (("b1", 0), ("b1", 1), ("b9", 0)):
+        schedule = ["--epochs", "2", "--iterations", "1", "--variant", variant, "--seed", str(seed)]
+        log, _ = run(root, tmp_path, f"{variant}-{seed}", *schedule)
+        dice[variant, seed] = max(entry["val_dice"] for entry in log if entry["val_dice"] is not None)
+    capsys.readouterr()
+    evaluate.main(["--compare", *map(str, sorted((tmp_path / "runs").iterdir()))])
+    header, *lines, note = capsys.readouterr().out.splitlines()
+    assert header.split()[:7] == ["variant", "trained", "M", "seeds", "Dice", "lowest", "highest"]
+    b1, b9 = (line.split() for line in lines)
+    assert b1[0] == "b1" and b1[2] == "2" and b9[0] == "b9" and b9[2] == "1"
+    pair = sorted((dice["b1", 0], dice["b1", 1]))
+    assert [float(cell) for cell in b1[3:6]] == pytest.approx([sum(pair) / 2, *pair], abs=1e-4)
+    assert "without mirroring" in note
+    with pytest.raises(SystemExit, match="nowhere: found FileNotFoundError.*expected a validated run"):
+        evaluate.main(["--compare", "nowhere"])
