@@ -4,6 +4,7 @@
     python benchmark.py --sam mobile_sam --encoder 512 512 --amp bf16
     python benchmark.py --curve depth                        the same totals over D (or queries, side, batch)
     python benchmark.py --volume 150 512 512                 one case from file to file
+    python benchmark.py --parameters                         table 5: of every backbone and every variant
     python benchmark.py --json cost.json                     everything printed, as JSON
 
 Every part of `MaskSAM.forward` runs by itself on inputs of its own, forward, then backward from gradients of ones. The
@@ -38,7 +39,7 @@ import metrics
 import nifti
 import train
 from matcher import SetCriterion, pairwise_terms
-from model import BACKBONES, VARIANTS, MaskSAM, MaskSAMConfig
+from model import BACKBONES, VARIANTS, MaskSAM, MaskSAMConfig, count_parameters
 
 aten = torch.ops.aten
 # torch counts the attention kernels of GPUs; these are the CPU's.
@@ -309,6 +310,47 @@ def data_rows(bench: Bench, shape: Iterable[int] | None) -> dict[str, dict]:
     return rows
 
 
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+PARTS = ("sam", "stem", "encoder_adapters", "decoder_adapters", "prompt_generator", "tokens", "total")
+# Table 5 of the paper, and the released network as built for ACDC and for AMOS: millions that train, and are frozen.
+PUBLISHED = {"paper": (14, 91), "release, ACDC (ViT-B)": (21.4, 93.7), "release, AMOS (ViT-H)": (66, 641)}
+
+
+def parameter_rows(config: MaskSAMConfig) -> dict[str, dict]:
+    """Table 5: parameters by component of every backbone as the whole model, and of every variant of one backbone.
+
+    Nothing is allocated: the networks are built on torch's "meta" device.
+
+    Args:
+        config: whose sizes and backbone are taken.
+    Returns:
+        name -> {part of `PARTS`: trained parameters, "frozen": parameters}; "tokens" are the depth embeddings, class
+        tokens and the classifier.
+    """
+    rows = {}
+    for sam, variant in [(sam, "b9") for sam in BACKBONES] + [(config.sam, variant) for variant in VARIANTS]:
+        with torch.device("meta"):
+            model = MaskSAM(dataclasses.replace(config, sam=sam, variant=variant))
+        row = dict.fromkeys(PARTS, 0) | {"frozen": 0}
+        for component, (trained, frozen) in count_parameters(model).items():
+            part = component.split(".")[0]
+            row[part if part in PARTS else "tokens"] += trained
+            row["total"] += trained
+            row["frozen"] += frozen
+        rows[f"{sam} {variant}"] = row
+    return rows
+
+
+def print_parameters(rows: dict[str, dict]) -> None:
+    """`parameter_rows` in millions, with what is published above."""
+    print(f"{'millions':24s}" + "".join(f"{title.replace('_', ' '):>18s}" for title in (*PARTS, "frozen")))
+    for name, (trained, frozen) in PUBLISHED.items():
+        print(f"{name:24s}{trained:{18 * len(PARTS)}.1f}{frozen:18.1f}")
+    for name, row in rows.items():
+        print(f"{name:24s}" + "".join(f"{count / 1e6:18.3f}" for count in row.values()))
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -343,6 +385,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeat", type=int, default=3, help="runs of each part (default: %(default)s)")
     add("--curve", choices=("depth", "queries", "side", "batch"), help="step and prediction over it, instead of parts")
     add("--volume", type=int, nargs=3, metavar=("D", "H", "W"), help="a case of this size, instead of parts")
+    add("--parameters", action="store_true", help="count them by component, instead of measuring")
     add("--json", help="file to write")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -380,6 +423,10 @@ def run(args: argparse.Namespace) -> dict:
     names = ("patch_size", "encoder_size", "num_queries")
     chosen = {name: getattr(args, name) or getattr(preset, name) for name in names}
     config = MaskSAMConfig(args.sam or preset.sam, args.variant, num_classes=len(preset.labels), **chosen)
+    if args.parameters:
+        rows = parameter_rows(config)
+        print_parameters(rows)
+        return write_json(args, {"config": dataclasses.asdict(config), "rows": rows})
     device = torch.device(args.device)
     rates = machine_rates(device, evaluate.AMP_TYPES[args.amp] or torch.float32)
     facts = {"config": dataclasses.asdict(config), "arguments": vars(args), "threads": torch.get_num_threads()}
@@ -398,10 +445,15 @@ def run(args: argparse.Namespace) -> dict:
             rows |= bench.parts()
         rows |= data_rows(bench, args.volume)
     print_rows(rows, rates)
+    return write_json(args, facts | {"rows": rows})
+
+
+def write_json(args: argparse.Namespace, results: dict) -> dict:
+    """Write the results where `--json` says, if it does; returns them."""
     if args.json:
-        content = json.dumps(facts | {"rows": rows}, indent=1)
+        content = json.dumps(results, indent=1)
         nifti.write_whole(Path(args.json), lambda file: file.write(content.encode()))
-    return facts | {"rows": rows}
+    return results
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import benchmark
-from model import MaskSAMConfig
+from model import BACKBONES, MaskSAM, MaskSAMConfig
 
 CPU = torch.device("cpu")
 SMALL = ["--data", "phantom", "--sam", "tiny", "--patch", "2", "32", "32", "--encoder", "64", "64", "--repeat", "1"]
@@ -110,3 +110,15 @@ def test_a_curve_has_a_row_for_each_value(curve, monkeypatch, capsys):
 def test_a_size_that_does_not_fit_is_one_message():
     with pytest.raises(SystemExit, match=r"^benchmark.py: encoder_size is \(100, 100\), expected 2 .* of 16"):
         benchmark.main([*SMALL, "--encoder", "100", "100"])
+
+
+def test_the_table_of_parameters_is_that_of_models_that_are_built(capsys):
+    rows = benchmark.main(["--parameters", "--sam", "tiny"])["rows"]
+    assert list(rows)[: len(BACKBONES)] == [f"{name} b9" for name in BACKBONES] and len(rows) == len(BACKBONES) + 8
+    model = MaskSAM(MaskSAMConfig("tiny", "b4", 1, 4, 8, (4, 160, 160), (320, 320)))
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    row = rows["tiny b4"]
+    assert row["total"] == sum(trained) == sum(row[part] for part in benchmark.PARTS if part != "total")
+    assert row["frozen"] == sum(parameter.numel() for parameter in model.parameters()) - sum(trained)
+    assert row["prompt_generator"] == sum(p.numel() for p in model.prompt_generator.parameters())
+    assert "release, ACDC" in capsys.readouterr().out
