@@ -25,7 +25,8 @@ import data
 import nifti
 from layouts import Case
 from matcher import masks_to_boxes
-from model import BACKBONES, MaskSAMConfig, build_model
+from model import BACKBONES, MaskSAMConfig
+from weights import build_model
 
 # -------------------------------------------------------------------------------------------------------- the baselines
 

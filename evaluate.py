@@ -40,7 +40,8 @@ import data
 import layouts
 import metrics
 import nifti
-from model import MaskSAM, load_checkpoint
+from model import MaskSAM
+from weights import load_checkpoint
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 

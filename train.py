@@ -40,16 +40,8 @@ import nifti
 import visualize
 from evaluate import AMP_TYPES, default_amp
 from matcher import SetCriterion
-from model import (
-    BACKBONES,
-    VARIANTS,
-    MaskSAMConfig,
-    build_model,
-    count_parameters,
-    load_trained_state,
-    read_checkpoint,
-    save_checkpoint,
-)
+from model import BACKBONES, VARIANTS, MaskSAMConfig, count_parameters
+from weights import build_model, load_trained_state, read_checkpoint, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 

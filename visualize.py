@@ -28,7 +28,8 @@ import data
 import evaluate
 import layouts
 import nifti
-from model import MaskSAM, load_checkpoint, resize, semantic_map
+from model import MaskSAM, resize, semantic_map
+from weights import load_checkpoint
 
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt  # noqa: E402

@@ -20,8 +20,9 @@ import layouts
 import metrics
 import nifti
 import phantom
-from model import MaskSAMConfig, build_model, save_checkpoint
+from model import MaskSAMConfig
 from volumes import one_hot, to_native, write_tree
+from weights import build_model, save_checkpoint
 
 PATCH = (4, 64, 64)
 

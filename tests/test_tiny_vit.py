@@ -9,24 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import model as model_module
 import train
 from matcher import Segments, SetCriterion, masks_to_boxes
-from model import (
-    BACKBONES,
-    VARIANTS,
-    MaskSAM,
-    MaskSAMConfig,
-    TinyViTBlockAdapters,
-    build_model,
-    count_parameters,
-    file_sha256,
-    find_sam_file,
-    load_checkpoint,
-    save_checkpoint,
-)
+from model import BACKBONES, VARIANTS, MaskSAM, MaskSAMConfig, TinyViTBlockAdapters, count_parameters
 from prompt_generator import level_sizes
 from tiny_vit import WIDTHS, ConvNorm, TinyViT, TransformerBlock, WindowAttention
+from weights import SAM_URL, build_model, file_sha256, find_sam_file, load_checkpoint, save_checkpoint
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"
 NAMES = ("mobile_sam", "lite_medsam")
@@ -472,4 +460,4 @@ def test_mobile_sam_is_fetched_from_its_own_home(monkeypatch, tmp_path):
     target = find_sam_file("mobile_sam")
     url = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt"
     assert asked == [((url, str(target)), {"hash_prefix": BACKBONES["mobile_sam"].sha256})]
-    assert model_module.SAM_URL not in url
+    assert SAM_URL not in url

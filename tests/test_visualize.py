@@ -15,7 +15,8 @@ import layouts
 import nifti
 import phantom
 import visualize
-from model import MaskSAMConfig, build_model, save_checkpoint
+from model import MaskSAMConfig
+from weights import build_model, save_checkpoint
 
 CLASSES = ("background", "a", "b")
 
