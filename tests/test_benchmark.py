@@ -120,5 +120,6 @@ def test_the_table_of_parameters_is_that_of_models_that_are_built(capsys):
     row = rows["tiny b4"]
     assert row["total"] == sum(trained) == sum(row[part] for part in benchmark.PARTS if part != "total")
     assert row["frozen"] == sum(parameter.numel() for parameter in model.parameters()) - sum(trained)
-    assert row["prompt_generator"] == sum(p.numel() for p in model.prompt_generator.parameters())
+    for part in ("stem", "encoder_adapters", "prompt_generator"):
+        assert row[part] == sum(parameter.numel() for parameter in getattr(model, part).parameters())
     assert "release, ACDC" in capsys.readouterr().out
