@@ -196,62 +196,9 @@ def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **op
 # ------------------------------------------------------------------------------------------------ folders of label maps
 
 
-def find_predictions(cases: Sequence[layouts.Case], folder: str | Path, spare: bool = False) -> list[Path]:
-    """The file of each case in another program's folder, under its name or an alias (patient001_ED, label0001).
-
-    Args:
-        spare: whether there may be files of other cases.
-    Raises:
-        FileNotFoundError: no such folder, or a list of all cases without a file and all files without a case.
-    """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder, expected the label maps of {len(cases)} cases")
-    endings = (".nii.gz", ".nii")
-    files = {path.name: path for path in Path(folder).glob("[!.]*") if path.name.endswith(endings)}
-    found, problems = [], []
-    for case in cases:
-        names = [name + ending for name in (case.name, *case.aliases) for ending in endings]
-        own = [files.pop(name) for name in names if name in files]
-        found += own[:1]
-        if len(own) != 1:
-            what = " and ".join(map(str, own)) or "no file"
-            problems.append(f"{folder}: found {what} of {case.name}, expected one, {names[0]}")
-    if not spare:
-        problems += [f"{path}: found a file of no case of this split, expected none" for path in files.values()]
-    if problems:
-        raise FileNotFoundError(f"{len(problems)} problems in {folder}:\n" + "\n".join(problems))
-    return found
-
-
-def give_prompts(cases: Sequence[layouts.Case], prompts: str) -> tuple[layouts.Case, ...]:
-    """The cases with the label maps that their boxes are made of.
-
-    Args:
-        prompts: "gt", their own labels, or a folder of another program's label maps; "auto" gives none.
-    Raises:
-        ValueError: a case without truth. FileNotFoundError: as `find_predictions`.
-    """
-    if prompts == "auto":
-        return tuple(cases)
-    if prompts != "gt":
-        files = map(str, find_predictions(cases, prompts, spare=True))
-    elif hidden := [case.name for case in cases if case.label is None]:
-        raise ValueError(f"--prompts gt: {len(hidden)} cases have no truth, such as {hidden[0]}")
-    else:
-        files = (case.label for case in cases)
-    return tuple(dataclasses.replace(case, prompts=file) for case, file in zip(cases, files))
-
-
-def prompts_name(prompts: str) -> str:
-    """What --prompts adds to names of files and folders: "", "-boxes-gt" or the end of the folder's path."""
-    if prompts == "auto":
-        return ""
-    return "-boxes-" + ("gt" if prompts == "gt" else "_".join(Path(prompts).resolve().parts[-2:]))
-
-
 def describe_prompts(prompts: str) -> str:
     """The part of a label map's description that says which boxes it was made with; `read_prompts` reads it again."""
-    return "" if prompts == "auto" else f", boxes of {prompts_name(prompts)[len('-boxes-') :][-30:]}"
+    return layouts.prompts_name(prompts).replace("-boxes-", ", boxes of ", 1)[:45]  # of the 79 of a header
 
 
 def read_prompts(files: Iterable[Path]) -> str | None:
@@ -390,10 +337,10 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def evaluate(args: argparse.Namespace) -> dict | None:
     """What `main` does with the arguments; all files are checked before anything is written."""
-    suffix = prompts_name(args.prompts)
+    suffix = layouts.prompts_name(args.prompts)
     if args.predictions:
         source, cases = find_cases(args, [])
-        files, output = find_predictions(cases, args.predictions), Path(args.output or args.predictions)
+        files, output = layouts.find_predictions(cases, args.predictions), Path(args.output or args.predictions)
         facts = {"predictions": args.predictions}
         if origin := read_prompts(files):
             facts["prompts"], suffix = origin, f"-boxes-{origin}"
@@ -447,7 +394,7 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
     options["mirror_axes"] = list(plan.flip_axes) if args.mirror else []
     options["largest"] = class_ids(args.largest, plan.labels)
     made_by = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
-    cases = give_prompts(cases, args.prompts)
+    cases = layouts.give_prompts(cases, args.prompts)
 
     def description(case: layouts.Case) -> str:  # of what a label map depends on
         key = data.file_key([made_by, options], [*case.images, *filter(None, [case.prompts])])
@@ -457,7 +404,8 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
     for model in models:
         model.to(device)
-    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions{prompts_name(args.prompts)}-{args.split}")
+    folder = f"predictions{layouts.prompts_name(args.prompts)}-{args.split}"
+    output = Path(args.output or Path(args.ckpt[0]).parent / folder)
     output.mkdir(parents=True, exist_ok=True)
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
     files = [output / f"{name}.nii.gz" for name in names]
@@ -480,9 +428,9 @@ def predict_baseline(args: argparse.Namespace) -> tuple[layouts.DataSource, Sequ
     The folder's name carries the source of the boxes, and the results do.
     """
     source, cases = find_cases(args, [])
-    cases = give_prompts(cases, args.prompts)
+    cases = layouts.give_prompts(cases, args.prompts)
     margin = f"-margin{args.box_margin:g}" if args.box_margin else ""
-    folder = f"predictions-{args.baseline}{prompts_name(args.prompts)}{margin}-{args.split}"
+    folder = f"predictions-{args.baseline}{layouts.prompts_name(args.prompts)}{margin}-{args.split}"
     output = Path(args.output or Path("runs") / source.name / folder)
     files = [output / f"{case.name}.nii.gz" for case in cases]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

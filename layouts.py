@@ -3,6 +3,7 @@
     PRESETS        name -> labels, where to get it, and the run that the paper made on it
     find_data      --data, --root, --fold -> the cases of each split    (ACDC, Synapse, AMOS, any dataset.json folder)
     find_images    a folder of unlabelled files -> cases
+    find_predictions, give_prompts    another program's label maps of cases, to score or to make boxes of
 
 Only names are read here; what is in the files is the business of nifti.py. A new data set needs a dataset.json beside
 it; a new preset an entry in PRESETS and a `_find_` function in FINDERS.
@@ -11,6 +12,7 @@ it; a new preset an entry in PRESETS and a `_find_` function in FINDERS.
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +350,59 @@ def _folder_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[
     if not splits["train"] or not splits["val"]:
         raise ValueError(f"{file}: found an empty train or val in fold {fold}, expected one case or more in each")
     return splits
+
+
+# ----------------------------------------------------------------------------------------- another program's label maps
+
+
+def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = False) -> list[Path]:
+    """The file of each case in another program's folder, under its name or an alias (patient001_ED, label0001).
+
+    Args:
+        spare: whether there may be files of other cases.
+    Raises:
+        FileNotFoundError: no such folder, or a list of all cases without a file and all files without a case.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder, expected the label maps of {len(cases)} cases")
+    endings = (".nii.gz", ".nii")
+    files = {path.name: path for path in Path(folder).glob("[!.]*") if path.name.endswith(endings)}
+    found, problems = [], []
+    for case in cases:
+        names = [name + ending for name in (case.name, *case.aliases) for ending in endings]
+        own = [files.pop(name) for name in names if name in files]
+        found += own[:1]
+        if len(own) != 1:
+            what = " and ".join(map(str, own)) or "no file"
+            problems.append(f"{folder}: found {what} of {case.name}, expected one, {names[0]}")
+    if not spare:
+        problems += [f"{path}: found a file of no case of this split, expected none" for path in files.values()]
+    if problems:
+        raise FileNotFoundError(f"{len(problems)} problems in {folder}:\n" + "\n".join(problems))
+    return found
+
+
+def give_prompts(cases: Sequence[Case], prompts: str) -> tuple[Case, ...]:
+    """The cases with the label maps that their boxes are made of.
+
+    Args:
+        prompts: "gt", their own labels, or a folder of another program's label maps; "auto" gives none.
+    Raises:
+        ValueError: a case without truth. FileNotFoundError: as `find_predictions`.
+    """
+    if prompts == "auto":
+        return tuple(cases)
+    if prompts != "gt":
+        files = map(str, find_predictions(cases, prompts, spare=True))
+    elif hidden := [case.name for case in cases if case.label is None]:
+        raise ValueError(f"--prompts gt: {len(hidden)} cases have no truth, such as {hidden[0]}")
+    else:
+        files = (case.label for case in cases)
+    return tuple(dataclasses.replace(case, prompts=file) for case, file in zip(cases, files))
+
+
+def prompts_name(prompts: str) -> str:
+    """What --prompts adds to names of files and folders: "", "-boxes-gt" or the end of the folder's path."""
+    if prompts == "auto":
+        return ""
+    return "-boxes-" + ("gt" if prompts == "gt" else "_".join(Path(prompts).resolve().parts[-2:]).replace(" ", "_"))

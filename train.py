@@ -120,7 +120,7 @@ def resolve(args: argparse.Namespace, preset: layouts.Preset) -> None:
         if value is None and name in defaults:
             setattr(args, name, defaults[name])
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
-    args.name += evaluate.prompts_name(args.prompts)  # no run with given boxes may pass for an automatic one
+    args.name += layouts.prompts_name(args.prompts)  # no run with given boxes may pass for an automatic one
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device.startswith("cuda")
     if args.amp is None:
@@ -268,7 +268,7 @@ def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.
         if not source.splits.get(split):
             found = ", ".join(source.splits)
             raise ValueError(f"{source.root}: found no case of the {split} split, only of {found}")
-    splits = {name: evaluate.give_prompts(source.splits[name], args.prompts) for name in ("train", "val")}
+    splits = {name: layouts.give_prompts(source.splits[name], args.prompts) for name in ("train", "val")}
     source = dataclasses.replace(source, splits=source.splits | splits)
     cache = Path(args.cache) / source.name
     if world > 1:  # preparing a large set takes longer than the usual ten minutes that processes wait for each other

@@ -328,7 +328,7 @@ def draw_queries(
 def compare(args: argparse.Namespace) -> None:
     """Image, truth, prediction and errors of some cases of a split."""
     source, cases = evaluate.find_cases(args, [])
-    files = dict(zip(cases, evaluate.find_predictions(cases, args.predictions)))
+    files = dict(zip(cases, layouts.find_predictions(cases, args.predictions)))
     spread = np.linspace(0, len(cases) - 1, min(NUM_CASES, len(cases))).round().astype(int)
     chosen = [find_case(cases, name, args.split) for name in args.case] if args.case else [cases[i] for i in spread]
     pictures = [read_picture(case, files[case], len(source.labels), case.name) for case in chosen]
@@ -351,7 +351,7 @@ def sheet(args: argparse.Namespace) -> None:
         raise ValueError(f"{file}: found {type(error).__name__} {error}, expected what evaluate.py writes") from error
     source, known = evaluate.find_cases(args, [])  # of all splits: which fold it was does not matter
     cases = [find_case(known, name, args.split) for name in names]
-    files = dict(zip(names, zip(cases, evaluate.find_predictions(cases, args.predictions))))
+    files = dict(zip(names, zip(cases, layouts.find_predictions(cases, args.predictions))))
     pictures = [read_picture(*files[name], len(source.labels), title) for name, title in ranked.items()]
     draw_overlay(pictures, source.labels, args.output, ("truth", "prediction", "errors"), worst=True)
 

