@@ -3,6 +3,7 @@
     score_maps     prediction and truth of one case -> one value per metric and class   (dice_per_class: Dice alone)
     summarize      all cases -> mean over cases by class, mean over classes, bootstrap interval
     print_table, write_metrics   what a reader sees: the paper's classes in the paper's order, .json and .csv
+    compare_runs   the logs of several trainings -> one table, such as table 4
 
     masks ── surface ──> boundary voxels ── nearest_distances, both ways ──┬─ 95th percentile ──> HD95
                                                                            └─ share within the tolerance ──> NSD
