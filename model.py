@@ -261,7 +261,9 @@ class ModalityStem(nn.Module):
 
 
 FUSED = ("cuda",)  # devices whose fused attention is worth its wider product
-MOST_SCORES = 2**20  # per head, that other devices hold at a time
+# Bytes of scores that other devices make at a time. glibc keeps what is freed below 32 MiB for the next tensor; larger
+# ones are fresh pages each time, which take as long as the product that fills them.
+MOST_SCORES = 30 * 2**20
 
 
 def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
@@ -304,16 +306,18 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by
     Returns:
         (R, heads, h, w, c).
     """
-    h, w = query.shape[2:4]
-    rows = max(1, MOST_SCORES // (h * w * w))
-    if rows < h and len(query) > 1:  # image by image scores stay nearer to the processor: 2.3 s, not 4, of four
-        images = zip(*(tensor.split(1) for tensor in (query, key, value, by_row, by_column)))
-        return torch.cat([attend_by_rows(*image) for image in images])
-    key, value, out = key.flatten(2, 3).mT, value.flatten(2, 3), []
+    heads, h, w = query.shape[1:4]
+    of_an_image = heads * (h * w) ** 2 * query.element_size()
+    images = max(1, MOST_SCORES // of_an_image)
+    if images < len(query):
+        groups = zip(*(tensor.split(images) for tensor in (query, key, value, by_row, by_column)))
+        return torch.cat([attend_by_rows(*group) for group in groups])
+    rows = max(1, MOST_SCORES * h // of_an_image)
+    key, value, out = key.flatten(2, 3).contiguous().mT, value.flatten(2, 3).contiguous(), []  # once for all rows
 
     def attend(part: Tensor, part_by_row: Tensor, part_by_column: Tensor) -> Tensor:
-        scores = (part.flatten(2, 3) @ key).unflatten(-1, (h, w))
-        scores += part_by_row.flatten(2, 3)[..., :, None]
+        # The first sum is a tensor of its own: backward copies the gradient of one that is in place, on a view.
+        scores = (part.flatten(2, 3) @ key).unflatten(-1, (h, w)) + part_by_row.flatten(2, 3)[..., :, None]
         scores += part_by_column.flatten(2, 3)[..., None, :]
         return (scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w))
 
@@ -356,7 +360,8 @@ class EncoderBlockAdapters(nn.Module):
         attended = self.behind_attention(attended)  # +
         x = x + attended
         normed = block.norm2(x)
-        return x + block.mlp(normed) + 0.5 * self.beside_mlp(normed)  # +
+        # The MLP comes last: where checkpointing computes the block again it may stop before the MLP's second layer.
+        return x + 0.5 * self.beside_mlp(normed) + block.mlp(normed)  # +
 
 
 class TinyViTBlockAdapters(EncoderBlockAdapters):
@@ -368,7 +373,7 @@ class TinyViTBlockAdapters(EncoderBlockAdapters):
         attended = self.behind_attention(attended)  # +
         x = block.local_conv(x + attended)
         normed = block.mlp.norm(x)
-        return x + block.mlp[1:](normed) + 0.5 * self.beside_mlp(normed)  # +
+        return x + 0.5 * self.beside_mlp(normed) + block.mlp[1:](normed)  # +
 
 
 # ------------------------------------------------------------------------------------------- mask decoder, 2.6, fig. 3c

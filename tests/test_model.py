@@ -115,7 +115,10 @@ def test_encoder_equals_sam_at_init_for_vit_b(vit_b):
     assert relative_error(neck, expected) < 1e-6
 
 
-@pytest.mark.parametrize("way, scores", [("fused", 0), ("rows", 1), ("rows", 3 * 16 * 20 * 20), ("rows", 2**20)])
+ROW = 12 * 20 * (16 * 20) * 8  # bytes of the scores of one row of 16 x 20 tokens, 12 heads, in float64
+
+
+@pytest.mark.parametrize("way, scores", [("fused", 0), ("rows", 1), ("rows", 3 * ROW), ("rows", 2 * 16 * ROW)])
 def test_attention_of_vit_b_equals_sams_in_windows_and_globally(vit_b, way, scores, monkeypatch):
     # 16 x 20 tokens: two windows a side, the far ones padded; the global block's table of positions is resampled.
     monkeypatch.setattr(model_module, "FUSED", ("cpu",) if way == "fused" else ())
@@ -128,6 +131,27 @@ def test_attention_of_vit_b_equals_sams_in_windows_and_globally(vit_b, way, scor
         x = torch.randn(2, 16, 20, 768, dtype=torch.float64)
         with torch.no_grad():
             assert relative_error(adapters(x, block), block(x)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 16, 20, 8), (9, 12, 7, 7, 8)])
+@pytest.mark.parametrize("limit", [1, 3 * ROW, 2 * 16 * ROW])
+def test_attention_by_rows_holds_few_scores_and_has_the_gradients_of_the_fused_one(shape, limit, monkeypatch):
+    # An image or a window at a time, some of its rows, or all: 9 windows have a third of the scores of an image.
+    monkeypatch.setattr(model_module, "MOST_SCORES", limit)
+    images, heads, h, w, c = shape
+    made = []
+    softmax = Tensor.softmax
+    monkeypatch.setattr(Tensor, "softmax", lambda scores, dim: made.append(scores.nbytes) or softmax(scores, dim))
+    widths = (c, c, c, h, w)
+    inputs = [torch.randn(*shape[:4], width, dtype=torch.float64, requires_grad=True) for width in widths]
+    upstream = torch.randn(shape, dtype=torch.float64)
+    found = torch.autograd.grad(model_module.attend_by_rows(*inputs), inputs, upstream)
+    scores, row = images * heads * (h * w) ** 2 * 8, heads * w * (h * w) * 8
+    assert max(made) <= max(limit, row)  # one row is the least
+    # All of them twice where a row's worth is computed again in backward, once where an image's fits.
+    assert sum(made) == scores * (2 if row * h > limit else 1)
+    for ours, theirs in zip(found, torch.autograd.grad(model_module.attend_fused(*inputs), inputs, upstream)):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -625,6 +649,20 @@ def test_gradient_checkpointing_recomputes_the_encoder(monkeypatch):
     assert len(calls) == 2 * 4
     net.predict(volume)  # nothing to recompute for
     assert len(calls) == 3 * 4
+
+
+def test_gradient_checkpointing_leaves_out_the_last_layer_of_each_mlp():
+    # Backward needs its weight alone, and torch stops computing again at the last tensor that it needs.
+    net = tiny()
+    net.gradient_checkpointing = True
+    calls = []
+    for block in net.sam.image_encoder.blocks:
+        for layer in (block.mlp.lin1, block.mlp.lin2):
+            layer.register_forward_hook(lambda *call: calls.append(call[0]))
+    volume, segments = task(net)
+    SetCriterion()(net(volume), segments)[0].backward()
+    for block in net.sam.image_encoder.blocks:
+        assert (calls.count(block.mlp.lin1), calls.count(block.mlp.lin2)) == (2, 1)
 
 
 def test_bfloat16_autocast_stays_near_float32():
