@@ -35,7 +35,8 @@ class Level(nn.Module):
     """One step down the pyramid: convolve and upsample what is above, concatenate the tap, convolve.
 
     Ours: both 1 x 1 convolutions come before the upsampling, where there are fewest pixels; the release, which
-    convolves at full width and size, spends 37 % of its arithmetic in the generator.
+    convolves at full width and size, spends 37 % of its arithmetic in the generator. 3-D convolutions gained
+    nothing (hippocampus, `tiny`, 1,000 steps, one seed: validation Dice 0.753, not 0.756).
 
     Args:
         above_dim, tap_dim: input channels. dim: channels of the level. size: (rows, columns) of its feature map.
@@ -141,8 +142,10 @@ class PromptGenerator(nn.Module):
         """Turn the auxiliary predictions into SAM's prompts (fig. 5 a-d).
 
         Ours: the mask prompt is the mask's logits, which SAM's own mask input is too, so that the final loss reaches
-        the mask head; `mask_prompt="binary"` is the paper's wording. Ours: where a mask is empty its box is left out:
-        the learned box alone (d), the whole slice (a).
+        the mask head; `mask_prompt="binary"` is the paper's wording. Validation Dice does not tell them apart: on the
+        hippocampus, one seed each, binary ones gave 0.748 and logits 0.756 with `tiny`, 0.718 and 0.701 with MobileSAM;
+        seeds differ by 0.04. Ours: where a mask is empty its box is left out: the learned box alone (d), the whole
+        slice (a).
 
         Args:
             aux: of `forward`. mask_size: (rows, columns) of SAM's mask input, four times the token grid.
