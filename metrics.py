@@ -314,6 +314,7 @@ def compare_runs(folders: Sequence[str | Path]) -> list[dict]:
         ValueError: a folder is no run, or has not been validated yet.
     """
     groups: dict[str, list[tuple[dict, dict, float]]] = {}
+    unfinished = []
     for folder in map(Path, folders):
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -321,6 +322,8 @@ def compare_runs(folders: Sequence[str | Path]) -> list[dict]:
             settings = {key: value for key, value in config["arguments"].items() if key not in OF_A_RUN}
             millions = config["parameters"]["total"][0] / 1e6
             best = max((entry for entry in log if entry["val_dice"] is not None), key=lambda entry: entry["val_dice"])
+            if log[-1]["epoch"] < settings["epochs"]:
+                unfinished.append(f"{folder} ({log[-1]['epoch']} of {settings['epochs']} epochs)")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: found {type(error).__name__} {error}, expected a validated run") from error
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append((settings, best, millions))
@@ -338,6 +341,8 @@ def compare_runs(folders: Sequence[str | Path]) -> list[dict]:
             "per_class": {name: _plain(_known_mean(dice, 0)) for name, dice in means.items()},
         })  # fmt: skip
     print_comparison(rows)
+    if unfinished:
+        print(f"Not finished: {', '.join(unfinished)}.")
     return rows
 
 

@@ -27,9 +27,11 @@ def wake_sam(sam: nn.Module) -> None:
 
 
 @torch.no_grad()
-def wake(module: nn.Module, std: float = 0.2) -> None:
+def wake(module: nn.Module, std: float = 0.2) -> nn.Module:
+    """Randomise all weights of what starts silent; returns the module."""
     for parameter in module.parameters():
         parameter.normal_(std=std)
+    return module
 
 
 def labels_to_segments(labels: Tensor, num_classes: int) -> Segments:

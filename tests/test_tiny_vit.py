@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import wake
 from torch import Tensor, nn
 
 import train
@@ -18,13 +19,6 @@ from weights import SAM_URL, build_model, file_sha256, find_sam_file, load_check
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"
 NAMES = ("mobile_sam", "lite_medsam")
-
-
-@torch.no_grad()
-def wake(module: nn.Module, std: float = 0.2) -> nn.Module:
-    for parameter in module.parameters():
-        parameter.normal_(std=std)
-    return module
 
 
 @torch.no_grad()

@@ -256,5 +256,10 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(root, tmp_path, monkey
     pair = sorted((dice["b1", 0], dice["b1", 1]))
     assert [float(cell) for cell in b1[3:6]] == pytest.approx([sum(pair) / 2, *pair], abs=1e-4)
     assert "without mirroring" in note
+    log = tmp_path / "runs/phantom-b9-0/log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text(json.dumps(lines[-1] | {"epoch": 1}) + "\n")
+    evaluate.main(["--compare", "runs/phantom-b1-0", "runs/phantom-b9-0"])
+    assert "Not finished: runs/phantom-b9-0 (1 of 2 epochs).\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="nowhere: found FileNotFoundError.*expected a validated run"):
         evaluate.main(["--compare", "nowhere"])
