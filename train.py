@@ -34,21 +34,20 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import layouts
-import metrics
-import nifti
-import visualize
-from evaluate import AMP_TYPES, default_amp
 from matcher import SetCriterion
-from model import BACKBONES, VARIANTS, MaskSAMConfig, count_parameters
-from weights import build_model, load_trained_state, read_checkpoint, save_checkpoint
+from model import VARIANTS, MaskSAMConfig, build_model, checkpoint_content, count_parameters, load_trained_state
+from support import layouts, metrics, nifti, pictures
+from support.checkpoints import read_checkpoint, write_checkpoint
+from support.files import AMP_TYPES, default_amp, default_device, default_workers, write_text
+from support.presets import LIGHT_SCALES, PRESETS, Preset, recipe
+from support.sam import BACKBONES
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; None stands for the preset's or the recipe's value and is filled in by `resolve`."""
-    presets = "Presets: " + ", ".join(layouts.PRESETS)
+    presets = "Presets: " + ", ".join(PRESETS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=presets)
     add = parser.add_argument
     add("--data", default="phantom", help="preset name, or a folder with a dataset.json (default: %(default)s)")
@@ -86,33 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# Encoder pixels a voxel of the backbones for a few cores: for patches up to 64 voxels a side, up to 96, and larger.
-LIGHT_SCALES = {"tiny": (4, 3, 2), "mobile_sam": (4, 3, 3), "lite_medsam": (2, 1, 1)}
-
-
-def recipe(preset: layouts.Preset, sam: str) -> layouts.Preset:
-    """What a backbone changes in a preset. Ours: with `tiny`, sizes and schedule for an hour on two cores.
-
-    A token sees 4 x 4 voxels of a small volume, about 5 x 5 of a middling one and 8 x 8 of a large one; SAM's masks
-    have one, 3/4 and 1/2 of the patch's resolution. On ACDC, where a small patch often misses the heart, the wider view
-    won: 160 x 160 voxels gave a validation Dice of 0.51 after 1,500 steps, 96 x 96 of 0.41 after 4,000. On the phantom
-    tokens of 8 x 8 lost the thin wall (0.69 beside 0.90 after 1,000 steps).
-
-    The pre-trained light ones see the same patches at their own scales, and start far ahead: fewer, longer steps. On
-    ACDC a step takes 7 s of one core with `lite_medsam` and 4 s with `mobile_sam`, in 3.5 and 2.5 GiB.
-    """
-    if sam not in LIGHT_SCALES or sam == preset.sam:
-        return preset
-    depth, *patch = preset.patch_size
-    size = [max(patch) <= 64, max(patch) <= 96, True].index(True)
-    scale = LIGHT_SCALES[sam][size]
-    height, width = (side if size == 0 else min(-(-side // 16) * 16, 160) for side in patch)
-    sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": (scale * height, scale * width)}
-    epochs = min(preset.epochs, 60 if size == 0 else 36 if sam == "tiny" else 20)
-    return dataclasses.replace(preset, sam=sam, epochs=epochs, iterations=250, batch_size=1, **sizes)
-
-
-def resolve(args: argparse.Namespace, preset: layouts.Preset) -> None:
+def resolve(args: argparse.Namespace, preset: Preset) -> None:
     """Fill in what the user left open, in place."""
     args.sam = args.sam or preset.sam
     defaults = dataclasses.asdict(recipe(preset, args.sam))
@@ -121,7 +94,7 @@ def resolve(args: argparse.Namespace, preset: layouts.Preset) -> None:
             setattr(args, name, defaults[name])
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
     args.name += layouts.prompts_name(args.prompts)  # no run with given boxes may pass for an automatic one
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or default_device()
     on_gpu = args.device.startswith("cuda")
     if args.amp is None:
         args.amp = default_amp(args.device)
@@ -274,7 +247,7 @@ def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.
     if world > 1:  # preparing a large set takes longer than the usual ten minutes that processes wait for each other
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     if rank == 0:
-        plan = data.prepare(source, cache, data.default_workers())
+        plan = data.prepare(source, cache, default_workers())
     if world > 1:
         dist.barrier(patient)
         plan = plan if rank == 0 else data.prepare(source, cache)  # finds everything done
@@ -295,7 +268,7 @@ def begin_log(run: Path, start: int, model: nn.Module, plan: data.Plan, sam: dic
 def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
     """Run the whole training; returns the results of the best checkpoint on the validation cases."""
     source, plan, cache = open_data(args, rank, world)
-    resolve(args, layouts.PRESETS.get(args.data) or data.default_preset(source, plan, cache))
+    resolve(args, PRESETS.get(args.data) or data.default_preset(source, plan, cache))
     args.num_classes = len(plan.labels)
     device = torch.device(args.device if ":" in args.device or args.device == "cpu" else f"{args.device}:{local_rank}")
 
@@ -333,8 +306,12 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
     )  # fmt: skip
     batches = iter(
         DataLoader(
-            dataset, args.batch_size, sampler=patch_indices(start * args.iterations, args, rank, world),
-            num_workers=args.workers, pin_memory=device.type == "cuda", drop_last=False,
+            dataset,
+            args.batch_size,
+            sampler=patch_indices(start * args.iterations, args, rank, world),
+            num_workers=args.workers,
+            pin_memory=device.type == "cuda",
+            drop_last=False,
         )  # fmt: skip
     )
     wrapped = DistributedDataParallel(model, [local_rank] if device.type == "cuda" else None) if world > 1 else model
@@ -354,11 +331,11 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
             state = {"epoch": epoch + 1, "metrics": {"val_dice": entry["val_dice"]}} | facts
             if entry["val_dice"] is not None and entry["val_dice"] > best:
                 best = entry["val_dice"]
-                save_checkpoint(run / "best.pt", model, sam, plan.as_dict(), **state)
+                write_checkpoint(run / "best.pt", checkpoint_content(model, sam, plan.as_dict()) | state)
             with open(run / "log.jsonl", "a") as log:
                 log.write(json.dumps(entry) + "\n")
             resumable = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best}
-            save_checkpoint(run / "last.pt", model, sam, plan.as_dict(), **state, **resumable)
+            write_checkpoint(run / "last.pt", checkpoint_content(model, sam, plan.as_dict()) | state | resumable)
             dice = "" if entry["val_dice"] is None else f"  validation Dice {entry['val_dice']:.4f}"
             left = (time.time() - began) / (epoch + 1 - start) * (args.epochs - epoch - 1) / 60
             tqdm.write(
@@ -378,22 +355,17 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
 
 def draw(run: Path, model, cases, plan, cache, args, device) -> None:
     """curves.png, and overlay.png with three validation cases from all over the list."""
-    visualize.draw_curves(run / "log.jsonl", run / "curves.png")
-    pictures = []
+    pictures.draw_curves(run / "log.jsonl", run / "curves.png")
+    shown = []
     for case in cases[:: max(1, len(cases) // 3)][:3]:
         prepared = data.load_cached(case, plan, cache)
         options = {"device": device, "amp": args.amp, "mirror_axes": plan.flip_axes}
         prediction = evaluate.predict_case([model.eval()], [prepared], **options)
         image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(plan.labels))[0]
         title = case.name + ("" if args.prompts == "auto" else f", boxes of {args.prompts}")
-        pictures.append((title, image, truth, prediction, prepared.geometry.spacing))
-    visualize.draw_overlay(pictures, plan.labels, run / "overlay.png")
+        shown.append((title, image, truth, prediction, prepared.geometry.spacing))
+    pictures.draw_overlay(shown, plan.labels, run / "overlay.png")
     print(f"wrote {run}/best.pt, last.pt, config.json, log.jsonl, curves.png, overlay.png")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    nifti.write_whole(path, lambda file: file.write(text.encode()))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from networks import wake_sam
 
 from model import BACKBONES
-from weights import file_sha256
+from support.checkpoints import file_sha256
 
 
 @pytest.fixture

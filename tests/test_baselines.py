@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import baselines
 import evaluate
-import layouts
-import metrics
-import nifti
-import phantom
-from baselines import BASELINES, Baseline
 from model import MaskSAM, MaskSAMConfig, modeling
+from support import layouts, metrics, nifti, phantom
+from tools import baselines
+from tools.baselines import BASELINES, Baseline
 from volumes import ACDC, write_tree
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"

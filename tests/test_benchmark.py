@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import benchmark
 from model import BACKBONES, MaskSAM, MaskSAMConfig
+from tools import benchmark
 
 CPU = torch.device("cpu")
 SMALL = ["--data", "phantom", "--sam", "tiny", "--patch", "2", "32", "32", "--encoder", "64", "64", "--repeat", "1"]

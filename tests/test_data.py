@@ -14,11 +14,10 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 
 import data
-import layouts
-import nifti
 from data import PatchDataset, Plan
-from layouts import Case
-from nifti import Geometry
+from support import layouts, nifti
+from support.layouts import Case
+from support.nifti import Geometry
 from volumes import ACDC, HIPPOCAMPUS, decathlon, one_hot, plan_for, save, spaced, to_native
 
 
@@ -388,7 +387,7 @@ def test_every_kind_of_augmentation_changes_intensities_and_no_place(monkeypatch
     assert changed.shape == image.shape and changed.dtype == torch.float32 and changed.isfinite().all()
     assert not torch.allclose(changed, image, atol=1e-3)
     assert torch.equal(changed[..., 8:12, 10:18] > 0, image[..., 8:12, 10:18] > 0)
-    centre = lambda x: ((x > x.mean()).float().nonzero().float().mean(0))  # noqa: E731
+    centre = lambda x: (x > x.mean()).float().nonzero().float().mean(0)  # noqa: E731
     assert torch.allclose(centre(changed), centre(image), atol=0.6)
     monkeypatch.setattr(data, kind, (0.0, getattr(data, kind)[1]))
     assert torch.equal(data.change_intensities(image.clone(), np.random.default_rng(1)), image)

@@ -16,13 +16,10 @@ import torch
 
 import data
 import evaluate
-import layouts
-import metrics
-import nifti
-import phantom
 from model import MaskSAMConfig
+from support import layouts, metrics, nifti, phantom
+from support.checkpoints import build_model, save_checkpoint
 from volumes import one_hot, to_native, write_tree
-from weights import build_model, save_checkpoint
 
 PATCH = (4, 64, 64)
 

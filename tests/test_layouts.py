@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import data
-import layouts
-from layouts import PRESETS
+from support import layouts
+from support.layouts import PRESETS
 from volumes import acdc_tree, decathlon, patients, plan_for, save, touch
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-import metrics
 from data import write_whole
+from support import metrics
 
 SPACINGS = [(1.0, 1.0, 1.0), (5.0, 0.7, 1.3)]
 NAMES = ("background", "RV", "Myo", "LV")

@@ -25,7 +25,7 @@ from model import (
     resample_position_embedding,
     semantic_map,
 )
-from weights import build_model, trained_state
+from support.checkpoints import build_model, trained_state
 
 ROOT = Path(model_module.__file__).parent
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import data
-import layouts
-import nifti
-from layouts import Case
-from nifti import Geometry
+from support import layouts, nifti
+from support.layouts import Case
+from support.nifti import Geometry
 from volumes import decathlon, plan_for, rotation, save, stored_as
 
 ORIENTATIONS = [

@@ -8,9 +8,7 @@ import pytest
 from scipy import ndimage
 
 import data
-import layouts
-import nifti
-import phantom
+from support import layouts, nifti, phantom
 
 PATIENTS = 10
 

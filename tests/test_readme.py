@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import benchmark
 import data
 import evaluate
 import train
-import visualize
+from tools import benchmark, visualize
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,8 +14,8 @@ import train
 from matcher import Segments, SetCriterion, masks_to_boxes
 from model import BACKBONES, VARIANTS, MaskSAM, MaskSAMConfig, TinyViTBlockAdapters, count_parameters
 from prompt_generator import level_sizes
-from tiny_vit import WIDTHS, ConvNorm, TinyViT, TransformerBlock, WindowAttention
-from weights import SAM_URL, build_model, file_sha256, find_sam_file, load_checkpoint, save_checkpoint
+from support.checkpoints import SAM_URL, build_model, file_sha256, find_sam_file, load_checkpoint, save_checkpoint
+from support.tiny_vit import WIDTHS, ConvNorm, TinyViT, TransformerBlock, WindowAttention
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"
 NAMES = ("mobile_sam", "lite_medsam")

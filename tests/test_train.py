@@ -13,12 +13,9 @@ import pytest
 import torch
 
 import evaluate
-import layouts
-import metrics
-import nifti
-import phantom
 import train
-import visualize
+from support import layouts, metrics, nifti, phantom
+from tools import visualize
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = "--sam tiny --patch 4 64 64 --encoder 64 64 --queries 4 --amp off --val-every 2 --lr 1e-3".split()

@@ -11,12 +11,10 @@ import torch
 
 import data
 import evaluate
-import layouts
-import nifti
-import phantom
-import visualize
 from model import MaskSAMConfig
-from weights import build_model, save_checkpoint
+from support import layouts, nifti, phantom
+from support.checkpoints import build_model, save_checkpoint
+from tools import visualize
 
 CLASSES = ("background", "a", "b")
 

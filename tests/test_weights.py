@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import weights
 from networks import task, wake, wake_sam
 
-import weights
 from model import BACKBONES, MaskSAM, MaskSAMConfig
-from weights import build_model, file_sha256, find_sam_file, load_checkpoint, read_checkpoint, save_checkpoint
+from support.checkpoints import (
+    build_model,
+    file_sha256,
+    find_sam_file,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 PLAN = {"spacing": [None, 1.5, 1.5], "labels": ["background", "one", "two"]}
 

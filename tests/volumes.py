@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import data
 from data import Plan
-from layouts import PRESETS
-from nifti import Geometry
+from support.layouts import PRESETS
+from support.nifti import Geometry
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ACDC, HIPPOCAMPUS = SHARED / "acdc", SHARED / "Task04_Hippocampus"

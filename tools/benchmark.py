@@ -34,12 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import data
 import evaluate
-import layouts
-import metrics
-import nifti
-import train
 from matcher import SetCriterion, pairwise_terms
-from model import BACKBONES, VARIANTS, MaskSAM, MaskSAMConfig, count_parameters
+from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters
+from support import layouts, metrics, nifti
+from support.files import AMP_TYPES, default_amp, write_whole
+from support.presets import PRESETS, recipe
+from support.sam import BACKBONES
 
 aten = torch.ops.aten
 # torch counts the attention kernels of GPUs; these are the CPU's.
@@ -175,7 +175,7 @@ class Bench:
 
     def autocast(self) -> torch.autocast:
         """As train.py and evaluate.py run the network."""
-        dtype = evaluate.AMP_TYPES[self.args.amp]
+        dtype = AMP_TYPES[self.args.amp]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def measure(self, run: Callable) -> dict:
@@ -372,14 +372,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; None stands for the preset's or the recipe's value."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", default="acdc", choices=layouts.PRESETS, help="preset (default: %(default)s)")
+    add("--data", default="acdc", choices=PRESETS, help="preset (default: %(default)s)")
     add("--sam", choices=BACKBONES, help="backbone (default: the preset's)")
     add("--variant", choices=VARIANTS, default="b9")
     add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size")
     add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size")
     add("--queries", type=int, dest="num_queries")
     add("--batch", type=int, default=1, dest="batch_size", help="patches (default: %(default)s)")
-    add("--amp", choices=evaluate.AMP_TYPES, help="autocast type (default: as train.py)")
+    add("--amp", choices=AMP_TYPES, help="autocast type (default: as train.py)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="of the encoder, in training")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--repeat", type=int, default=3, help="runs of each part (default: %(default)s)")
@@ -389,7 +389,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", help="file to write")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    args.amp = args.amp or evaluate.default_amp(args.device)
+    args.amp = args.amp or default_amp(args.device)
     return args
 
 
@@ -418,8 +418,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace) -> dict:
     """What `main` does with the arguments."""
-    preset = layouts.PRESETS[args.data]
-    preset = train.recipe(preset, args.sam or preset.sam)
+    preset = PRESETS[args.data]
+    preset = recipe(preset, args.sam or preset.sam)
     names = ("patch_size", "encoder_size", "num_queries")
     chosen = {name: getattr(args, name) or getattr(preset, name) for name in names}
     config = MaskSAMConfig(args.sam or preset.sam, args.variant, num_classes=len(preset.labels), **chosen)
@@ -428,7 +428,7 @@ def run(args: argparse.Namespace) -> dict:
         print_parameters(rows)
         return write_json(args, {"config": dataclasses.asdict(config), "rows": rows})
     device = torch.device(args.device)
-    rates = machine_rates(device, evaluate.AMP_TYPES[args.amp] or torch.float32)
+    rates = machine_rates(device, AMP_TYPES[args.amp] or torch.float32)
     facts = {"config": dataclasses.asdict(config), "arguments": vars(args), "threads": torch.get_num_threads()}
     facts |= {"torch": torch.__version__, "gflop_per_second": rates[0], "gigabyte_per_second": rates[1]}
     print(f"{config}\n{args.device}, {args.amp}, {torch.get_num_threads()} threads: a matrix product reaches "
@@ -452,7 +452,7 @@ def write_json(args: argparse.Namespace, results: dict) -> dict:
     """Write the results where `--json` says, if it does; returns them."""
     if args.json:
         content = json.dumps(results, indent=1)
-        nifti.write_whole(Path(args.json), lambda file: file.write(content.encode()))
+        write_whole(Path(args.json), lambda file: file.write(content.encode()))
     return results
 
 

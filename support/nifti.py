@@ -11,7 +11,6 @@ Errors read "FILE: found X, expected Y". Letters: D slices, H rows, W columns. S
 import dataclasses
 import gzip
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
-from layouts import Case
+from support.files import write_whole
+from support.layouts import Case
 
 # ------------------------------------------------------------------------------------------------- reading and checking
 
@@ -185,20 +185,3 @@ def read_description(path: str | Path) -> str:
         return read_header(str(path))[0].header["descrip"].item().decode(errors="replace")
     except ValueError:
         return ""
-
-
-def write_whole(path: Path, write: Callable) -> None:
-    """Call `write` with a temporary file beside `path`, then rename it: the file is whole or as it was before.
-
-    Raises:
-        OSError: naming the file, where it cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error}): is there space, and may you write?") from error
-    finally:
-        temporary.unlink(missing_ok=True)

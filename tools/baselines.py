@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import nifti
-from layouts import Case
 from matcher import masks_to_boxes
-from model import BACKBONES, MaskSAMConfig
-from weights import build_model
+from model import MaskSAMConfig, build_model
+from support import nifti
+from support.layouts import Case
+from support.sam import BACKBONES
 
 # -------------------------------------------------------------------------------------------------------- the baselines
 

@@ -17,73 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from phantom import write_phantom
+from support.phantom import write_phantom
+from support.presets import PRESETS
 
 # -------------------------------------------------------------------------------------------------------------- presets
 
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """One `--data` name: what its labels are and the run that the paper made on it (the authors' published constants).
-
-    labels: names by id, 0 is background. modality: "MR" or "CT". patch_size: (D, H, W) voxels. encoder_size: pixels.
-    flip_axes: of (D, H, W), where a flipped patch keeps its labels. scored: ids in the order of the paper's table, all
-    if empty. home, tree: where to get the files, and what they should look like.
-    """
-
-    labels: tuple[str, ...]
-    modality: str
-    patch_size: tuple[int, int, int]
-    encoder_size: tuple[int, int]
-    num_queries: int
-    sam: str = "vit_b"
-    epochs: int = 1000
-    iterations: int = 250
-    batch_size: int = 2
-    lr: float = 1e-3
-    weight_decay: float = 3e-5
-    adam_eps: float = 1e-8
-    clip: float = 12.0
-    mask_weight: float = 1.5
-    flip_axes: tuple[int, ...] = ()
-    scored: tuple[int, ...] = ()
-    home: str = ""
-    tree: str = ""
-
-
-CARDIAC = ("background", "RV", "Myo", "LV")
-ACDC_TREE = """ROOT/[database/]training/patient001/Info.cfg
-                                   patient001_frame01.nii.gz
-                                   patient001_frame01_gt.nii.gz
-                                   ..."""
-# fmt: off
-PRESETS = {
-    # Ours: sizes and schedule for some minutes on two cores.
-    "phantom": Preset(
-        CARDIAC, "MR", (4, 80, 80), (240, 240), 8, sam="tiny", epochs=8, iterations=250, batch_size=1,
-        flip_axes=(1, 2), home="phantom.py writes it", tree=ACDC_TREE,
-    ),
-    "acdc": Preset(
-        CARDIAC, "MR", (4, 256, 256), (1024, 1024), 8, epochs=500, flip_axes=(1, 2),
-        home="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html", tree=ACDC_TREE,
-    ),
-    "synapse": Preset(
-        ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
-         "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal", "left adrenal"),
-        "CT", (26, 256, 256), (256, 256), 24, scored=(8, 4, 3, 2, 6, 11, 1, 7),
-        home="https://www.synapse.org/#!Synapse:syn3193805 (RawData.zip)",
-        tree="ROOT/[Abdomen/RawData/]Training/{img/img0001.nii.gz,label/label0001.nii.gz}, Testing/img",
-    ),
-    "amos": Preset(
-        ("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
-         "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder",
-         "prostate/uterus"),
-        "CT", (9, 512, 512), (512, 512), 24, adam_eps=1e-4, mask_weight=1.2,
-        home="https://zenodo.org/records/7155725 (amos22.zip)",
-        tree="ROOT/[amos22/]{imagesTr,labelsTr,imagesVa,labelsVa,imagesTs}/amos_0001.nii.gz",
-    ),
-}
-# fmt: on
 
 # Patients and cases of the published splits (nnFormer's for ACDC, TransUNet's for Synapse).
 ACDC_TEST = {2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95}
