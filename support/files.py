@@ -1,19 +1,24 @@
-"""What several files need: files written whole or not at all, the device, its autocast type, how many threads."""
+"""Small things that several files share: files written whole, the command line, the device and its precision."""
 
+import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+# ------------------------------------------------------------------------------------------------------- files
 
 
 def write_whole(path: Path, write: Callable) -> None:
-    """Call `write` with a temporary file beside `path`, then rename it: the file is whole or as it was before.
+    """Write a file whole or not at all: under a temporary name first, then renamed.
 
+    Args:
+        path: file to write; its folder exists.
+        write: called with the open binary file.
     Raises:
-        OSError: naming the file, where it cannot be written.
+        OSError: the file could not be written. What was there before is still there.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -28,23 +33,84 @@ def write_whole(path: Path, write: Callable) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """`write_whole` for a string."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+# ------------------------------------------------------------------------------------------------ command line
+
+# One wording for the options that several scripts have.
+COMMON_OPTIONS = {
+    "data": {"help": "name of a preset, or a folder with a dataset.json (default: %(default)s)"},
+    "root": {"help": "folder with the files of a preset (default: data/<preset>)"},
+    "fold": {"type": int, "help": "fold of five, 0 to 4 (default: the published split, or fold 0 if there is none)"},
+    "cache": {"default": "cache", "help": "folder for prepared cases (default: %(default)s)"},
+    "sam-checkpoint": {"help": "file with SAM's own weights (default: downloaded once)"},
+    "prompts": {
+        "default": "auto",
+        "metavar": "auto|gt|DIR",
+        "help": "who makes the box prompts: the model (auto), the true labels (gt), or label maps of another "
+        "program in a folder (default: %(default)s)",
+    },
+    "device": {"help": "cpu or cuda (default: cuda if there is a GPU)"},
+    "workers": {"type": int, "help": "number of threads (default: one per core that has 4 GiB of memory)"},
+}
+
+
+def make_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
+    """Make a parser whose --help ends with the usage examples of the script's header.
+
+    Args:
+        doc: docstring of the script. Its first line is the description; its indented `python ...` and
+            `torchrun ...` lines are the examples.
+        options: names in `COMMON_OPTIONS` to add.
+        defaults: values for some of them, by their attribute's name.
+    """
+    examples = re.findall(r"^    (?:python|torchrun) .*$", doc, re.MULTILINE)
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0],
+        epilog="examples:\n" + "\n".join(examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common_options(parser, *options)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser, *options: str) -> None:
+    """Add options of `COMMON_OPTIONS` to a parser, for example of a sub-command."""
+    for name in options:
+        parser.add_argument(f"--{name}", **COMMON_OPTIONS[name])
+
+
+# ------------------------------------------------------------------------------------------------------ device
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
 def default_device() -> str:
-    """ "cuda" if there is a GPU, else "cpu"."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_amp(device: str | torch.device) -> str:
-    """The autocast type that serves a device: bf16 where it multiplies it in hardware, else fp16 on a GPU, or off."""
+    """Return the autocast type that a device computes in hardware: a key of `AMP_TYPES`."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "off"
 
 
+def autocast(device: str | torch.device, amp: str) -> torch.autocast:
+    """Return the context in which the network runs.
+
+    Args:
+        device: where the network is.
+        amp: key of `AMP_TYPES`.
+    """
+    return torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off")
+
+
 def default_workers() -> int:
-    """Threads to read and prepare with: one a core, as far as each has 4 GiB (a CT of 512 x 512 x 300 takes that)."""
+    """Return one thread per core, as long as each has 4 GiB of memory (a CT of 512 x 512 x 300 takes that)."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), memory // 2**32))
