@@ -1,4 +1,7 @@
-"""Files of what trains: written whole, read safely. No model is built here."""
+"""Write and read the files of trained weights (paper 3); model.py builds a model from them.
+
+{config, sam, plan, state, ...} ── write_checkpoint ──> best.pt ── read_checkpoint ──> the same dict
+"""
 
 from pathlib import Path
 
@@ -6,30 +9,47 @@ import torch
 
 from support.files import write_whole
 
-KEYS = {"config", "sam", "plan", "state"}  # what every checkpoint has
+# Every checkpoint has the configuration of the model, the name and sha256 of SAM's file, the plan of the
+# data, and the trained weights. `model.checkpoint_content` makes these four.
+KEYS = {"config", "sam", "plan", "state"}
 
 
 def write_checkpoint(path: str | Path, content: dict) -> None:
     """Write a checkpoint whole or not at all.
 
     Args:
-        path: file to write. content: `KEYS` and further plain values or tensors, such as epoch, arguments, optimizer.
+        path: file to write; its folder exists.
+        content: the `KEYS`, and further plain values or tensors, such as the epoch or the optimizer's state.
     Raises:
-        OSError: it could not be written; the file that was there before is still there.
+        OSError: the file could not be written. A file that was there before is unchanged.
     """
     write_whole(Path(path), lambda file: torch.save(content, file))
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file as a dict. Raises as `load_checkpoint`."""
+    """Return the content of a checkpoint, with all tensors on the CPU.
+
+    Only tensors and plain values are read (`weights_only`), so a file of unknown origin cannot run code.
+
+    Args:
+        path: file that `write_checkpoint` wrote.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or it lacks one of the `KEYS`.
+    """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file; train.py writes runs/<data>-<name>/best.pt")
+        raise FileNotFoundError(
+            f"{path}: found no such file, expected a checkpoint, which train.py writes to runs/"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "sam", "plan", "state"} - content.keys()
-    except Exception as error:
+        missing = KEYS - content.keys()
+    except Exception as error:  # A broken or foreign file can raise almost any error here.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable checkpoint of train.py: {reason}") from error
+        raise ValueError(
+            f"{path}: found an unreadable file ({reason}), expected a checkpoint of train.py"
+        ) from error
     if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+        lacking = ", ".join(sorted(missing))
+        raise ValueError(f"{path}: found no {lacking} in it, expected a checkpoint that train.py wrote")
     return content
