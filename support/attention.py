@@ -1,89 +1,153 @@
-"""SAM's attention, exactly, in the form that is fast on this device."""
+"""SAM's attention over image tokens, exactly, in the form that is fast on each device (paper 2.5, fig. 4c).
+
+    x (S, h, w, width) -- qkv -- windows -- scores + positions, softmax, values -- windows undone -- proj
+                                            |
+                     on a CPU:   attend_by_rows, a few rows of queries at a time
+                     on a GPU:   attend_fused, positions folded into queries and keys
+
+SAM adds to the score of query (y, x) and key (y', x') the terms q . Rh[y - y'] and q . Rw[x - x'] (relative
+positions of ViTDet, Li et al. 2022). Both forms compute the same sum in another order.
+"""
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from support.sam import get_rel_pos, window_partition, window_unpartition
+from support.sam import window_partition, window_unpartition
 
-FUSED = ("cuda",)  # devices whose fused attention is worth its wider product
-# Bytes of scores that other devices make at a time. glibc keeps what is freed below 32 MiB for the next tensor; larger
-# ones are fresh pages each time, which take as long as the product that fills them.
-MOST_SCORES = 30 * 2**20
+FUSED_DEVICES = ("cuda",)
+# Ours: bytes of scores that `attend_by_rows` makes at a time. glibc keeps freed blocks below 32 MiB for the next
+# tensor. Larger blocks are fresh pages each time, and filling them takes as long as the matrix product.
+SCORE_BYTES = 30 * 2**20
 
 
 def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
-    """SAM's `Attention.forward` for image tokens, exactly.
+    """Compute SAM's `Attention.forward`, with its windows.
 
-    SAM adds to the score of query (y, x) and key (y', x') the terms q . Rh[y, y'] and q . Rw[x, x']; see the two
-    functions below. Ours: windows are cut behind the linear layer `qkv` and put together before `proj`. SAM fills the
-    last windows with zeros before the layer, of which it makes its bias; here the bias is what they are filled with.
+    Ours: windows are cut after the linear layer `qkv` and put together before `proj`. SAM zero-pads the image
+    before `qkv`, so that padded tokens become the bias of `qkv`. We pad with that bias directly and save the product.
 
     Args:
-        layer: SAM's `Attention`. x: (S, h, w, C). window: side of the windows in tokens; 0 is one for the whole image.
+        layer: SAM's `Attention`.
+        x: image tokens (S, h, w, width).
+        window: side of a window in tokens; 0 means one window for the whole image.
     Returns:
-        (S, h, w, C).
+        Tokens of the same shape.
     """
-    qkv, size = layer.qkv(x), x.shape[1:3]
+    qkv, size = layer.qkv(x), x.shape[1:3]  # (S, h, w, 3 * width)
     if window:
         bias = layer.qkv.bias.to(qkv).expand(len(x), *(side + -side % window for side in size), -1)
         padded, padded_size = bias.clone(), bias.shape[1:3]
         padded[:, : size[0], : size[1]] = qkv
-        qkv, _ = window_partition(padded, window)
+        qkv, _ = window_partition(padded, window)  # (R, window, window, 3 * width), R windows
     h, w = qkv.shape[1:3]
-    query, key, value = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-    # Each is (R, heads, h, w, c), of R = S images or more windows.
-    by_row = torch.einsum("rnhwc,hkc->rnhwk", query, get_rel_pos(h, h, layer.rel_pos_h).to(qkv))
-    by_column = torch.einsum("rnhwc,wkc->rnhwk", query, get_rel_pos(w, w, layer.rel_pos_w).to(qkv))
-    attend = attend_fused if x.device.type in FUSED else attend_by_rows
+    query, key, value = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)  # (R, heads, h, w, c)
+    by_row = torch.einsum("rnhwc,hkc->rnhwk", query, relative_positions(layer.rel_pos_h, h).to(qkv))  # q . Rh
+    by_column = torch.einsum("rnhwc,wkc->rnhwk", query, relative_positions(layer.rel_pos_w, w).to(qkv))  # q . Rw
+    attend = attend_fused if x.device.type in FUSED_DEVICES else attend_by_rows
     out = attend(query * layer.scale, key, value, by_row.to(query), by_column.to(query))
-    out = out.movedim(1, 3).flatten(3)
+    out = out.movedim(1, 3).flatten(3)  # (R, h, w, width)
     return layer.proj(window_unpartition(out, window, padded_size, size) if window else out)
 
 
-def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attention with positions, some rows of queries at a time, so that few of the h*w x h*w scores are held.
+@lru_cache(maxsize=64)
+def _offsets(size: int, device: torch.device) -> Tensor:
+    """Return the table (size, size) of query index - key index + size - 1, made once per device."""
+    place = torch.arange(size, device=device)
+    return place[:, None] - place + (size - 1)
 
-    On a CPU it takes a third of the fused kernel's time for 64 x 64 tokens in bf16, half in float32.
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """Look up the relative position embedding of every query and key along one axis: SAM's `get_rel_pos`.
+
+    SAM's function makes its index on the CPU at every call, which a GPU has to wait for.
 
     Args:
-        query (scaled), key, value: (R, heads, h, w, c). by_row: (R, heads, h, w, h), by_column: (R, heads, h, w, w),
-            what positions add to the scores.
+        table: learned embedding (2 * trained size - 1, c).
+        size: number of tokens along the axis; the table is resampled where it was trained for another size.
     Returns:
-        (R, heads, h, w, c).
+        Embedding (size, size, c) of query y and key y'.
+    """
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
+    return table[_offsets(size, table.device)]
+
+
+def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attend with positions, a few rows of queries at a time, so that few of the (h * w)^2 scores are held.
+
+    Args:
+        query: scaled queries (R, heads, h, w, c).
+        key, value: the same shape.
+        by_row: (R, heads, h, w, h), added to the scores of all keys of a row.
+        by_column: (R, heads, h, w, w), added to the scores of all keys of a column.
+    Returns:
+        Attended values (R, heads, h, w, c).
     """
     heads, h, w = query.shape[1:4]
-    of_an_image = heads * (h * w) ** 2 * query.element_size()
-    images = max(1, MOST_SCORES // of_an_image)
+    bytes_per_image = heads * (h * w) ** 2 * query.element_size()
+    images = max(1, SCORE_BYTES // bytes_per_image)
     if images < len(query):
         groups = zip(*(tensor.split(images) for tensor in (query, key, value, by_row, by_column)))
         return torch.cat([attend_by_rows(*group) for group in groups])
-    rows = max(1, MOST_SCORES * h // of_an_image)
-    key, value, out = key.flatten(2, 3).contiguous().mT, value.flatten(2, 3).contiguous(), []  # once for all rows
+    rows = max(1, SCORE_BYTES * h // bytes_per_image)
+    key, value, out = key.flatten(2, 3).contiguous().mT, value.flatten(2, 3).contiguous(), []
 
     def attend(part: Tensor, part_by_row: Tensor, part_by_column: Tensor) -> Tensor:
-        # The first sum is a tensor of its own: backward copies the gradient of one that is in place, on a view.
+        # The first sum is a new tensor. An in-place sum on a view would make backward copy the gradient.
         scores = (part.flatten(2, 3) @ key).unflatten(-1, (h, w)) + part_by_row.flatten(2, 3)[..., :, None]
-        scores += part_by_column.flatten(2, 3)[..., None, :]
+        scores += part_by_column.flatten(2, 3)[..., None, :]  # (R, heads, rows * w, h, w)
         return (scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w))
 
-    again = rows < h and torch.is_grad_enabled()  # backward computes them once more, instead of holding all of them
+    recompute = rows < h and torch.is_grad_enabled()  # backward computes the scores again instead of holding all
     for parts in zip(query.split(rows, 2), by_row.split(rows, 2), by_column.split(rows, 2)):
-        out.append(checkpoint(attend, *parts, use_reentrant=False) if again else attend(*parts))
+        out.append(checkpoint(attend, *parts, use_reentrant=False) if recompute else attend(*parts))
     return torch.cat(out, dim=2)
 
 
-def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """The same through torch's fused attention, where scores are never held.
+@lru_cache(maxsize=64)
+def _key_places(h: int, w: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (h, w, width): the one-hot codes of each token's row and column, then zeros up to `width`."""
+    row = torch.eye(h, dtype=dtype, device=device)[:, None].expand(h, w, h)
+    column = torch.eye(w, dtype=dtype, device=device)[None].expand(h, w, w)
+    return F.pad(torch.cat([row, column], dim=-1), (0, width - h - w))
 
-    Ours: the positions are folded into the product, exactly: [q, q Rh, q Rw] . [k, onehot(y'), onehot(x')].
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attend as `attend_by_rows` does, through torch's fused attention, which never holds the scores.
+
+    Ours: the positions are folded into the product: [q, q Rh, q Rw] . [k, one-hot(y'), one-hot(x')] is the score with
+    its positions. The folded width is padded with zeros to a multiple of 8, which all kernels want.
     """
-    h, w = query.shape[2:4]
-    row, column = torch.eye(h).repeat_interleave(w, 0).to(key), torch.eye(w).repeat(h, 1).to(key)
-    place = torch.cat([row, column], dim=-1).unflatten(0, (h, w)).expand(*key.shape[:2], -1, -1, -1)
-    query, key = torch.cat([query, by_row, by_column], dim=-1), torch.cat([key, place], dim=-1)
-    # The kernels want one width for query, key and value: the value is padded and cut again.
-    wide = (tensor.flatten(2, 3) for tensor in (query, key, F.pad(value, (0, h + w))))
-    out = F.scaled_dot_product_attention(*wide, scale=1.0)
-    return out[..., : value.shape[-1]].unflatten(2, (h, w))
+    h, w, c = query.shape[2:]
+    spare = h + w + -(c + h + w) % 8
+    places = _key_places(h, w, spare, key.dtype, key.device).expand(*key.shape[:2], -1, -1, -1)
+    query = torch.cat([query, by_row, F.pad(by_column, (0, spare - h - w))], dim=-1).flatten(2, 3)
+    key = torch.cat([key, places], dim=-1).flatten(2, 3)
+    out = fused_attention(query, key, value.flatten(2, 3))
+    return out.unflatten(2, (h, w))
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Call `scaled_dot_product_attention` without a scale, with a value that may be narrower than query and key.
+
+    Flash attention wants one width for all three: the value is padded with zeros and the result is cut again.
+
+    Args:
+        query, key: (R, heads, tokens, width).
+        value: (R, heads, tokens, c), c <= width.
+    Returns:
+        Attended values (R, heads, tokens, c).
+    """
+    if NARROW_VALUE and query.is_cuda and query.dtype != torch.float32:
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+    return F.scaled_dot_product_attention(query, key, wide, scale=1.0)[..., : value.shape[-1]]
+
+
+NARROW_VALUE = False

@@ -1,0 +1,82 @@
+"""support/attention.py: both forms are SAM's own attention, with its gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from support import attention as A
+from support.sam import get_rel_pos, modeling
+
+ROW = 4 * 20 * (16 * 20) * 8  # bytes of the scores of one row of 16 x 20 tokens, 4 heads, in float64
+
+
+@pytest.fixture
+def block():
+    """One ViT block as SAM builds it, with weights that make positions and biases matter."""
+    torch.manual_seed(0)
+    made = modeling.image_encoder.Block(32, 4, use_rel_pos=True, window_size=7, input_size=(7, 7)).double()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.normal_(std=0.5 if "rel_pos" in name else 0.2)
+    return made
+
+
+@pytest.mark.parametrize("window", [7, 0], ids=["windows", "global"])
+@pytest.mark.parametrize("form, score_bytes", [("fused", 0), ("rows", 1), ("rows", 3 * ROW), ("rows", 32 * ROW)])
+def test_attention_equals_sams_with_its_gradients(block, window, form, score_bytes, monkeypatch):
+    # The windows of 7 do not divide 16 x 20 tokens. The global table of positions is resampled.
+    monkeypatch.setattr(A, "FUSED_DEVICES", ("cpu",) if form == "fused" else ())
+    monkeypatch.setattr(A, "SCORE_BYTES", score_bytes)
+    block.window_size = window
+    block.mlp = torch.nn.Identity()  # leaves norm, windows, attention and the skip connection of the block
+    block.norm2 = torch.nn.Identity()
+    x = torch.randn(2, 16, 20, 32, dtype=torch.float64, requires_grad=True)
+    expected = block(x) / 2  # the identity MLP doubles the sum
+    found = x + A.attention(block.attn, block.norm1(x), window)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    upstream = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream)[0] for y in (found, expected)))
+
+
+@pytest.mark.parametrize("size", [7, 3, 20])
+def test_positions_are_looked_up_as_sam_does(size):
+    table = torch.randn(13, 5)
+    assert torch.equal(A.relative_positions(table, size), get_rel_pos(size, size, table))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 20, 8), (9, 4, 7, 7, 8)])
+@pytest.mark.parametrize("limit", [1, 3 * ROW, 32 * ROW])
+def test_attention_by_rows_holds_few_scores_and_computes_them_twice_only_in_pieces(shape, limit, monkeypatch):
+    monkeypatch.setattr(A, "SCORE_BYTES", limit)
+    images, heads, h, w, c = shape
+    made = []
+    softmax = Tensor.softmax
+    monkeypatch.setattr(Tensor, "softmax", lambda scores, dim: made.append(scores.nbytes) or softmax(scores, dim))
+    inputs = [torch.randn(*shape[:4], width, dtype=torch.float64, requires_grad=True) for width in (c, c, c, h, w)]
+    A.attend_by_rows(*inputs).sum().backward()
+    scores, row = images * heads * (h * w) ** 2 * 8, heads * w * (h * w) * 8
+    assert max(made) <= max(limit, row)  # one row is the smallest piece
+    assert sum(made) == scores * (2 if row * h > limit else 1)
+
+
+@pytest.mark.parametrize("h, w, c", [(7, 7, 8), (14, 14, 64), (13, 5, 16)])
+def test_fused_widths_are_multiples_of_eight(h, w, c, monkeypatch):
+    widths = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, **o: widths.append(q.shape[-1]) or attend(q, k, v, **o)
+    )
+    A.attend_fused(*(torch.randn(1, 2, h, w, width) for width in (c, c, c, h, w)))
+    assert widths == [8 * -(-(c + h + w) // 8)]
+
+
+@pytest.mark.parametrize("form", ["fused", "rows"])
+def test_attention_makes_no_tensor_on_another_device(block, form, monkeypatch):
+    monkeypatch.setattr(A, "FUSED_DEVICES", ("meta",) if form == "fused" else ())
+    layer = copy.deepcopy(block.attn).to("meta")
+    x = torch.empty(2, 16, 20, 32, dtype=torch.float64, device="meta", requires_grad=True)
+    for window in (7, 0):
+        A.attention(layer, x, window).sum().backward()

@@ -1,0 +1,234 @@
+"""The house: where files lie, what may import what, marks of decisions, and the pages against the code.
+
+    python tests/test_house.py      prints the drawing of imports that stands in docs/reading-map.md
+"""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP = ("adapters", "prompt_generator", "matcher", "model", "data", "train", "evaluate")
+SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tools/*.py")])
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+TEXT = "\n".join(PAGES.values())
+PLACE = re.compile(r"`([\w/]+\.py)::([\w.]+)`")
+# Arrows point down only: a file imports from its own floor's files to the right of it, or from a floor below.
+FLOORS = (
+    ("tools/visualize", "tools/benchmark", "tools/baselines", "tools/compare"),
+    ("train",),
+    ("evaluate",),
+    ("data", "model"),
+    ("prompt_generator", "adapters"),
+    ("matcher",),
+)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+def imports(path: Path) -> set[str]:
+    """Files of the project that a file imports, anywhere in it."""
+    known, found = {name_of(script) for script in SCRIPTS}, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.replace(".", "/") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.replace(".", "/"))
+            found |= {f"{node.module}/{alias.name}".replace(".", "/") for alias in node.names}
+    return found & known
+
+
+def drawing() -> str:
+    """One line per file, top floor first: the files of the project that it imports."""
+    order = [name for floor in FLOORS for name in floor]
+    order += sorted(name_of(script) for script in SCRIPTS if script.parent.name == "support")
+    lines = [f"{name:24s}-> {', '.join(sorted(imports(ROOT / f'{name}.py'))) or '-'}" for name in order]
+    return "\n".join(line.replace("support/", "") if line[0] != "s" else line for line in lines)
+
+
+def symbols(file: str) -> set[str]:
+    """Names that a file defines at its top, and `Class.method`."""
+    names = set()
+    for node in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+            names |= {f"{node.name}.{child.name}" for child in ast.walk(node) if isinstance(child, ast.FunctionDef)}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def places_of(mark: str) -> set[tuple[str, str]]:
+    """(file, top-level symbol) around every remark with a mark; the file's own header counts as its stem."""
+    places = set()
+    for script in SCRIPTS:
+        text = script.read_text()
+        nodes = ast.parse(text).body
+        for number, line in enumerate(text.splitlines(), 1):
+            if re.search(rf"\b{mark}\b", line):
+                # A comment above a definition belongs to it: the first node that ends at or after the line.
+                node = next(node for node in nodes if node.end_lineno >= number)
+                own = node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", script.stem)
+                places.add((f"{name_of(script)}.py", own))
+    return places
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+
+def test_the_top_level_is_the_card_and_nothing_else():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(TOP)
+
+
+def test_imports_point_down_only():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for script in SCRIPTS:
+        name, used = name_of(script), imports(script)
+        if name.startswith("support/"):
+            assert all(other.startswith("support/") for other in used), (name, used)
+        else:
+            wrong = {o for o in used if not o.startswith("support/") and floor[o] <= floor[name]}
+            # Tools may share code with each other; everything else looks at a lower floor only.
+            assert not {o for o in wrong if not (o.startswith("tools/") and name.startswith("tools/"))}, (name, wrong)
+
+
+def test_there_are_no_circles():
+    graph = {name_of(script): imports(script) for script in SCRIPTS}
+    done: set[str] = set()
+    while len(done) < len(graph):
+        ready = {name for name, used in graph.items() if name not in done and used <= done}
+        assert ready, f"a circle among {sorted(graph.keys() - done)}"
+        done |= ready
+
+
+def test_training_needs_matplotlib_only_when_it_draws():
+    for name in ("train", "evaluate", "data", "model"):
+        top = ast.parse((ROOT / f"{name}.py").read_text()).body
+        text = "\n".join(ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom))
+        assert "pictures" not in text and "matplotlib" not in text, name
+
+
+def test_the_model_is_met_at_once():
+    text = (ROOT / "model.py").read_text()
+    nodes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    assert next(iter(nodes.values())).lineno < 60  # the first layer
+    assert nodes["MaskSAM"].end_lineno <= 260 and text.count("\n") <= 430
+
+
+def test_sizes_stay_within_the_budget():
+    lines = {name_of(script): script.read_text().count("\n") for script in SCRIPTS}
+    assert sum(lines[name] for name in TOP[:4]) <= 1050
+    assert sum(lines.values()) <= 5000
+    assert sum(path.read_text().count("\n") for path in ROOT.glob("tests/*.py")) <= 3500
+
+
+# --------------------------------------------------------------------------------------- pages against the code
+
+
+def test_the_drawing_of_imports_is_that_of_the_code():
+    assert drawing() in PAGES["reading-map.md"]
+
+
+@pytest.mark.parametrize("mark", ["Ours", "Release"])
+def test_every_decision_with_a_mark_is_on_the_page_of_decisions(mark):
+    part = re.search(rf"^## {mark}$\n(.*?)(?=^## |\Z)", PAGES["decisions.md"], re.MULTILINE | re.DOTALL)[1]
+    assert set(PLACE.findall(part)) == places_of(mark)
+
+
+def test_every_place_that_the_pages_name_exists():
+    places = PLACE.findall(TEXT)
+    assert len(places) > 60
+    assert not [f"{file}::{symbol}" for file, symbol in places if symbol not in symbols(file)]
+
+
+def test_every_row_of_the_reading_map_has_code_and_a_test():
+    rows = [line for line in PAGES["reading-map.md"].splitlines() if re.match(r"\| (2|3|table|fig)", line)]
+    assert len(rows) >= 25
+    for row in rows:
+        files = [file.startswith("tests/") for file, _ in PLACE.findall(row)]
+        assert True in files and False in files, row
+
+
+@pytest.mark.parametrize(
+    "symbol, section, figure",
+    [("DepthMLPAdapter", "2.4", "4a"), ("DepthConvAdapter", "2.4", "4b"), ("EncoderBlockAdapters", "2.5", "4c"),
+     ("DecoderBlockAdapters", "2.6", "3c"), ("PromptGenerator", "2.3", "3b"), ("VanillaAdapter", "2.4", "4")],
+)  # fmt: skip
+def test_sections_and_figures_are_the_papers(symbol, section, figure):
+    row = next(line for line in PAGES["reading-map.md"].splitlines() if f"::{symbol}" in line)
+    first = row.split("|")[1]
+    assert section in first and re.search(rf"fig\. {figure}\b", first), row
+
+
+def test_the_list_of_files_says_every_file_with_its_lines():
+    listed = dict(re.findall(r"^(?:\| )?`?([\w/]+\.py)`?[ |]+(\d+)\b", PAGES["README.md"], re.MULTILINE))
+    for name in TOP:
+        lines = (ROOT / f"{name}.py").read_text().count("\n")
+        assert abs(int(listed[f"{name}.py"]) - lines) <= 10, (name, lines)
+    missing = [name_of(s) for s in SCRIPTS if s.stem not in PAGES["README.md"]]
+    assert not missing
+
+
+def test_one_table_of_letters():
+    letters = re.search(r"^## Letters$\n(.*?)(?=^## |\Z)", PAGES["README.md"], re.MULTILINE | re.DOTALL)[1]
+    for letter in ("B", "D", "S", "H W", "h w", "C", "N", "K"):
+        assert re.search(rf"^\| {letter} \|", letters, re.MULTILINE), letter
+    assert not [name_of(s) for s in SCRIPTS if re.search(r"^Letters: [A-Z]", s.read_text(), re.MULTILINE)]
+
+
+def test_every_picture_and_link_exists():
+    for name, page in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page):
+            assert (folder / target).exists(), (name, target)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(script, arguments) of every command in a code block of a page and in a script's header."""
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    blocks += [ast.get_docstring(ast.parse(script.read_text())) or "" for script in SCRIPTS]
+    found = []
+    for line in "\n".join(blocks).splitlines():
+        if match := re.search(r"\b(?:python3?|torchrun(?: --\S+)*) (?:-m )?(tools\.\w+|data\.py|train\.py|evaluate\.py)(.*)", line):
+            arguments = re.split(r"\s{3,}|#|&&", match[2].replace("\\", ""))[0]
+            found.append((match[1], shlex.split(arguments.replace("|", " "))))
+    return found
+
+
+def parser_of(script: str):
+    module = __import__(script.removesuffix(".py"), fromlist=["parse_arguments"])
+    return module.parse_arguments
+
+
+def test_commands_of_pages_and_headers_are_understood():
+    seen = commands()
+    assert len(seen) >= 25
+    for script, arguments in seen:
+        if "--help" not in arguments and not any("|" in a for a in arguments):
+            parser_of(script)(arguments)
+
+
+@pytest.mark.parametrize("script", ["data.py", "train.py", "evaluate.py", *(f"tools.{n[6:]}" for n in FLOORS[0])])
+def test_help_ends_with_the_examples_of_the_header(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parser_of(script)(["--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].strip().startswith(("python", "torchrun"))
+
+
+def test_the_two_commands_install_what_is_pinned():
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    assert any("pip install -r requirements.txt && python train.py" in block for block in blocks)
+    assert any("pip install -r requirements.txt && python -m pytest -q" in block for block in blocks)
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+ +# .+", line) for line in lines)  # a version and a reason
+
+
+if __name__ == "__main__":
+    print(drawing())
