@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from support.sam import window_partition, window_unpartition
 
 FUSED_DEVICES = ("cuda",)
-# Ours: bytes of scores that `attend_by_rows` makes at a time. glibc keeps freed blocks below 32 MiB for the next
-# tensor. Larger blocks are fresh pages each time, and filling them takes as long as the matrix product.
+NARROW_VALUE = False
+NARROW_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Ours: bytes of scores that `attend_by_rows` makes at a time. glibc keeps freed blocks below 32 MiB for the
+# next tensor. Larger blocks are fresh pages each time, and filling them takes as long as the matrix product.
 SCORE_BYTES = 30 * 2**20
 
 
@@ -29,7 +31,8 @@ def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
     """Compute SAM's `Attention.forward`, with its windows.
 
     Ours: windows are cut after the linear layer `qkv` and put together before `proj`. SAM zero-pads the image
-    before `qkv`, so that padded tokens become the bias of `qkv`. We pad with that bias directly and save the product.
+    before `qkv`, so that padded tokens become the bias of `qkv`. We pad with that bias directly and save the
+    product.
 
     Args:
         layer: SAM's `Attention`.
@@ -45,9 +48,13 @@ def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
         padded[:, : size[0], : size[1]] = qkv
         qkv, _ = window_partition(padded, window)  # (R, window, window, 3 * width), R windows
     h, w = qkv.shape[1:3]
-    query, key, value = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)  # (R, heads, h, w, c)
+    query, key, value = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(
+        3, 0, 4, 1, 2, 5
+    )  # (R, heads, h, w, c)
     by_row = torch.einsum("rnhwc,hkc->rnhwk", query, relative_positions(layer.rel_pos_h, h).to(qkv))  # q . Rh
-    by_column = torch.einsum("rnhwc,wkc->rnhwk", query, relative_positions(layer.rel_pos_w, w).to(qkv))  # q . Rw
+    by_column = torch.einsum(
+        "rnhwc,wkc->rnhwk", query, relative_positions(layer.rel_pos_w, w).to(qkv)
+    )  # q . Rw
     attend = attend_fused if x.device.type in FUSED_DEVICES else attend_by_rows
     out = attend(query * layer.scale, key, value, by_row.to(query), by_column.to(query))
     out = out.movedim(1, 3).flatten(3)  # (R, h, w, width)
@@ -103,7 +110,9 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by
         scores += part_by_column.flatten(2, 3)[..., None, :]  # (R, heads, rows * w, h, w)
         return (scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w))
 
-    recompute = rows < h and torch.is_grad_enabled()  # backward computes the scores again instead of holding all
+    recompute = (
+        rows < h and torch.is_grad_enabled()
+    )  # backward computes the scores again instead of holding all
     for parts in zip(query.split(rows, 2), by_row.split(rows, 2), by_column.split(rows, 2)):
         out.append(checkpoint(attend, *parts, use_reentrant=False) if recompute else attend(*parts))
     return torch.cat(out, dim=2)
@@ -120,8 +129,8 @@ def _key_places(h: int, w: int, width: int, dtype: torch.dtype, device: torch.de
 def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
     """Attend as `attend_by_rows` does, through torch's fused attention, which never holds the scores.
 
-    Ours: the positions are folded into the product: [q, q Rh, q Rw] . [k, one-hot(y'), one-hot(x')] is the score with
-    its positions. The folded width is padded with zeros to a multiple of 8, which all kernels want.
+    Ours: the positions are folded into the product: [q, q Rh, q Rw] . [k, one-hot(y'), one-hot(x')] is the
+    score with its positions. Zeros pad the folded width to a multiple of 8, which all kernels want.
     """
     h, w, c = query.shape[2:]
     spare = h + w + -(c + h + w) % 8
@@ -133,7 +142,7 @@ def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_c
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Call `scaled_dot_product_attention` without a scale, with a value that may be narrower than query and key.
+    """Call `scaled_dot_product_attention` for a value that may be narrower than query and key.
 
     Flash attention wants one width for all three: the value is padded with zeros and the result is cut again.
 
@@ -144,10 +153,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         Attended values (R, heads, tokens, c).
     """
     if NARROW_VALUE and query.is_cuda and query.dtype != torch.float32:
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        with sdpa_kernel(NARROW_KERNELS, set_priority=True):
             return F.scaled_dot_product_attention(query, key, value, scale=1.0)
     wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
     return F.scaled_dot_product_attention(query, key, wide, scale=1.0)[..., : value.shape[-1]]
-
-
-NARROW_VALUE = False

@@ -1,4 +1,4 @@
-"""Small things that several files share: files written whole, the command line, the device and its precision."""
+"""Small things that several files share: whole files, the command line, the device and its precision."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-# ------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------- files
 
 
 def write_whole(path: Path, write: Callable) -> None:
@@ -27,7 +27,9 @@ def write_whole(path: Path, write: Callable) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}): is there space, and may you write?") from error
+        raise OSError(
+            f"{path} could not be written ({reason}): is there space, and may you write?"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,13 +39,16 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------------------- command line
 
 # One wording for the options that several scripts have.
 COMMON_OPTIONS = {
     "data": {"help": "name of a preset, or a folder with a dataset.json (default: %(default)s)"},
     "root": {"help": "folder with the files of a preset (default: data/<preset>)"},
-    "fold": {"type": int, "help": "fold of five, 0 to 4 (default: the published split, or fold 0 if there is none)"},
+    "fold": {
+        "type": int,
+        "help": "fold of five, 0 to 4 (default: the published split, or fold 0 if there is none)",
+    },
     "cache": {"default": "cache", "help": "folder for prepared cases (default: %(default)s)"},
     "sam-checkpoint": {"help": "file with SAM's own weights (default: downloaded once)"},
     "prompts": {
@@ -83,7 +88,7 @@ def add_common_options(parser: argparse.ArgumentParser, *options: str) -> None:
         parser.add_argument(f"--{name}", **COMMON_OPTIONS[name])
 
 
-# ------------------------------------------------------------------------------------------------------ device
+# ---------------------------------------------------------------------------------------------------- device
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from networks import task, tiny, wake
 
 import train
 from matcher import SetCriterion
 from model import MaskSAM, MaskSAMConfig
+from networks import task, tiny, wake
 from support import attention as A
 from support import phantom
 
@@ -27,7 +27,11 @@ def full_float32():
 
 def light() -> MaskSAM:
     torch.manual_seed(0)
-    return MaskSAM(MaskSAMConfig("mobile_sam", num_classes=3, num_queries=3, patch_size=(2, 32, 32), encoder_size=(96, 96)))
+    return MaskSAM(
+        MaskSAMConfig(
+            "mobile_sam", num_classes=3, num_queries=3, patch_size=(2, 32, 32), encoder_size=(96, 96)
+        )
+    )
 
 
 def run(net: MaskSAM, device: str, amp: torch.dtype | None = None) -> tuple[dict, list]:
@@ -60,7 +64,9 @@ def test_cuda_equals_the_cpu_in_outputs_and_gradients(make, amp, limit):
 
 
 @pytest.mark.parametrize("h, w, c", [(14, 14, 64), (16, 16, 32), (64, 64, 64), (64, 64, 80)])
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["float32", "bf16"]
+)
 def test_fused_attention_equals_attention_by_rows_with_gradients(h, w, c, dtype, limit):
     torch.manual_seed(0)
     inputs = [0.3 * torch.randn(2, 2, h, w, width, device=DEVICE) for width in (c, c, c, h, w)]
@@ -131,8 +137,8 @@ def test_a_step_of_the_acdc_preset_fits_into_ten_gib():
 def test_a_phantom_run_resumes_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     phantom.write_phantom(tmp_path / "phantom", 4)
-    arguments = ["--root", str(tmp_path / "phantom"), "--device", "cuda", "--iterations", "2", "--patch", "2", "32", "32",
-                 "--encoder", "64", "64", "--workers", "0", "--val-every", "1", "--epochs", "2"]  # fmt: skip
+    sizes = "--iterations 2 --epochs 2 --val-every 1 --patch 2 32 32 --encoder 64 64 --workers 0"
+    arguments = ["--root", str(tmp_path / "phantom"), "--device", "cuda", *sizes.split()]
     train.main(arguments)
     run_folder = next((tmp_path / "runs").iterdir())
     assert (run_folder / "best.pt").exists()
@@ -146,7 +152,9 @@ def test_nccl_with_one_process_takes_a_step():
         net = tiny().to(DEVICE)
         wrapped = torch.nn.parallel.DistributedDataParallel(net, [0])
         volume, segments = task(net)
-        loss, _ = SetCriterion()(wrapped(volume.to(DEVICE)), type(segments)(*(p.to(DEVICE) for p in segments)))
+        loss, _ = SetCriterion()(
+            wrapped(volume.to(DEVICE)), type(segments)(*(p.to(DEVICE) for p in segments))
+        )
         loss.backward()
         assert loss.isfinite()
     finally:

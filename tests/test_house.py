@@ -1,6 +1,6 @@
 """The house: where files lie, what may import what, marks of decisions, and the pages against the code.
 
-    python tests/test_house.py      prints the drawing of imports that stands in docs/reading-map.md
+python tests/test_house.py      prints the drawing of imports that stands in docs/reading-map.md
 """
 
 import ast
@@ -57,7 +57,9 @@ def symbols(file: str) -> set[str]:
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
-            names |= {f"{node.name}.{child.name}" for child in ast.walk(node) if isinstance(child, ast.FunctionDef)}
+            names |= {
+                f"{node.name}.{child.name}" for child in ast.walk(node) if isinstance(child, ast.FunctionDef)
+            }
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
@@ -74,7 +76,9 @@ def places_of(mark: str) -> set[tuple[str, str]]:
             if re.search(rf"\b{mark}\b", line):
                 # A comment above a definition belongs to it: the first node that ends at or after the line.
                 node = next(node for node in nodes if node.end_lineno >= number)
-                own = node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", script.stem)
+                own = (
+                    node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", script.stem)
+                )
                 places.add((f"{name_of(script)}.py", own))
     return places
 
@@ -95,7 +99,10 @@ def test_imports_point_down_only():
         else:
             wrong = {o for o in used if not o.startswith("support/") and floor[o] <= floor[name]}
             # Tools may share code with each other; everything else looks at a lower floor only.
-            assert not {o for o in wrong if not (o.startswith("tools/") and name.startswith("tools/"))}, (name, wrong)
+            assert not {o for o in wrong if not (o.startswith("tools/") and name.startswith("tools/"))}, (
+                name,
+                wrong,
+            )
 
 
 def test_there_are_no_circles():
@@ -128,7 +135,7 @@ def test_sizes_stay_within_the_budget():
     assert sum(path.read_text().count("\n") for path in ROOT.glob("tests/*.py")) <= 3500
 
 
-# --------------------------------------------------------------------------------------- pages against the code
+# ------------------------------------------------------------------------------------- pages against the code
 
 
 def test_the_drawing_of_imports_is_that_of_the_code():
@@ -157,9 +164,15 @@ def test_every_row_of_the_reading_map_has_code_and_a_test():
 
 @pytest.mark.parametrize(
     "symbol, section, figure",
-    [("DepthMLPAdapter", "2.4", "4a"), ("DepthConvAdapter", "2.4", "4b"), ("EncoderBlockAdapters", "2.5", "4c"),
-     ("DecoderBlockAdapters", "2.6", "3c"), ("PromptGenerator", "2.3", "3b"), ("VanillaAdapter", "2.4", "4")],
-)  # fmt: skip
+    [
+        ("VanillaAdapter", "2.4", "4"),
+        ("DepthMLPAdapter", "2.4", "4a"),
+        ("DepthConvAdapter", "2.4", "4b"),
+        ("EncoderBlockAdapters", "2.5", "4c"),
+        ("DecoderBlockAdapters", "2.6", "3c"),
+        ("PromptGenerator", "2.3", "3b"),
+    ],
+)
 def test_sections_and_figures_are_the_papers(symbol, section, figure):
     row = next(line for line in PAGES["reading-map.md"].splitlines() if f"::{symbol}" in line)
     first = row.split("|")[1]
@@ -195,7 +208,10 @@ def commands() -> list[tuple[str, list[str]]]:
     blocks += [ast.get_docstring(ast.parse(script.read_text())) or "" for script in SCRIPTS]
     found = []
     for line in "\n".join(blocks).splitlines():
-        if match := re.search(r"\b(?:python3?|torchrun(?: --\S+)*) (?:-m )?(tools\.\w+|data\.py|train\.py|evaluate\.py)(.*)", line):
+        if match := re.search(
+            r"\b(?:python3?|torchrun(?: --\S+)*) (?:-m )?(tools\.\w+|data\.py|train\.py|evaluate\.py)(.*)",
+            line,
+        ):
             arguments = re.split(r"\s{3,}|#|&&", match[2].replace("\\", ""))[0]
             found.append((match[1], shlex.split(arguments.replace("|", " "))))
     return found
@@ -214,7 +230,9 @@ def test_commands_of_pages_and_headers_are_understood():
             parser_of(script)(arguments)
 
 
-@pytest.mark.parametrize("script", ["data.py", "train.py", "evaluate.py", *(f"tools.{n[6:]}" for n in FLOORS[0])])
+@pytest.mark.parametrize(
+    "script", ["data.py", "train.py", "evaluate.py", *(f"tools.{n[6:]}" for n in FLOORS[0])]
+)
 def test_help_ends_with_the_examples_of_the_header(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         parser_of(script)(["--help"])
