@@ -1,12 +1,11 @@
-"""Which data sets there are, where their files lie, and which case belongs to which split (paper 3).
+"""Data sets on disk: where the files of each case are, and which split each case belongs to (paper 3).
 
-    PRESETS        name -> labels, where to get it, and the run that the paper made on it
-    find_data      --data, --root, --fold -> the cases of each split    (ACDC, Synapse, AMOS, any dataset.json folder)
-    find_images    a folder of unlabelled files -> cases
-    find_predictions, give_prompts    another program's label maps of cases, to score or to make boxes of
+    --data, --root, --fold ── find_data ──> DataSource: train, val, test, testing ──> cases
+    a folder of new images ── find_images ──> cases without labels
+    a folder of another program's label maps ── find_predictions, with_box_source ──> one file per case
 
-Only names are read here; what is in the files is the business of nifti.py. A new data set needs a dataset.json beside
-it; a new preset an entry in PRESETS and a `_find_` function in FINDERS.
+Only names of files are read here; support/nifti.py reads their content. A folder with a dataset.json needs
+no code. A new preset needs an entry in PRESETS and a `_find_` function in FINDERS.
 """
 
 import dataclasses
@@ -18,92 +17,84 @@ from pathlib import Path
 import numpy as np
 
 from support.phantom import write_phantom
-from support.presets import PRESETS
+from support.presets import PRESETS, Task
 
-# -------------------------------------------------------------------------------------------------------------- presets
-
-
-# Patients and cases of the published splits (nnFormer's for ACDC, TransUNet's for Synapse).
+# The splits of the paper: nnFormer's patients for ACDC, TransUNet's cases for Synapse.
 ACDC_TEST = {2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95}
 ACDC_VAL = {89, 90, 91, 93, 94, 96, 97, 98, 99, 100}
 SYNAPSE_TEST = {1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38}
-# Ours: held out of the 18 to choose a checkpoint; what others call validation is the test set.
+# Ours: we choose the checkpoint on 3 of the 18 training cases; the paper's validation cases are its test set.
 SYNAPSE_VAL = {27, 34, 40}
+NUM_FOLDS = 5  # as the paper's cross-validation on AMOS
+SPLIT_SEED = 0  # Ours: one seed for all runs, so that they all validate on the same cases
+ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One volume: name, one file per channel, and the label file, or None where it is hidden.
+    """One volume and its files.
 
-    aliases: what else its prediction may be called; first the name that its challenge wants submitted. prompts: a label
-    map whose segments' boxes the network is given, None where it makes its own.
+    Args:
+        name: name of the case, unique in its data set.
+        images: one file per channel.
+        label: file of the true label map; None if it is hidden.
+        aliases: other names for its prediction; the first is the name that its challenge asks for.
+        box_source: file of the label map whose boxes the network is given; None if it makes its own.
     """
 
     name: str
     images: tuple[str, ...]
     label: str | None
     aliases: tuple[str, ...] = ()
-    prompts: str | None = None
+    box_source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """A data set on disk. splits: "train", "val" and as far as they exist others, each a tuple of cases.
+    """A data set on disk.
 
-    "test" has labels and is never trained on; the labels of "testing" are hidden. scored: as in `Preset`.
+    Args:
+        name, root: name of the preset or the folder, and the folder with the files.
+        task: labels, channels, modality and flips.
+        splits: cases of "train", "val", "test" (labelled, never trained on) and "testing" (labels hidden).
     """
 
     name: str
     root: str
-    modality: str
-    channels: tuple[str, ...]
-    labels: tuple[str, ...]
-    flip_axes: tuple[int, ...]
+    task: Task
     splits: dict[str, tuple[Case, ...]]
-    scored: tuple[int, ...] = ()
-
-
-# -------------------------------------------------------------------------------------------------------------- layouts
-
-NUM_FOLDS = 5
-SPLIT_SEED = 0  # Ours: one for all runs, so that runs of different seeds have the same validation cases
 
 
 def find_data(data: str, root: str | None = None, fold: int | None = None) -> DataSource:
     """Find the files of a data set and split them.
 
     Args:
-        data: name of a preset, or the path of a folder with a `dataset.json`. root: where a preset's files lie, by
-            default data/<preset>; the phantom is written there if it is not.
-        fold: of five-fold cross-validation over all that is not "test". None: the published split where there is one,
-            else fold 0.
+        data: name of a preset, or a folder with a `dataset.json`.
+        root: folder with the files of a preset (default: data/<preset>). A missing phantom is written there.
+        fold: fold of five of all cases outside "test" (default: the published split, else fold 0).
     Raises:
-        FileNotFoundError: with where to get the data and the expected tree. ValueError: an unusable dataset.json, or
-            there is no such fold.
+        FileNotFoundError: there are no data; the message says where to get them and the expected folders.
+        ValueError: dataset.json or splits_final.json cannot be used, or there is no such fold.
     """
     if data not in PRESETS:
         return _find_folder(Path(data), fold or 0)
-    preset = PRESETS[data]
-    path = Path(root or Path("data") / data)
+    preset, path = PRESETS[data], Path(root or Path("data") / data)
     if data == "phantom" and not path.exists():
         write_phantom(path)
-    splits = {name: tuple(cases) for name, cases in FINDERS[data](path).items() if cases} if path.is_dir() else {}
+    splits = FINDERS[data](path) if path.is_dir() else {}
+    splits = {name: tuple(cases) for name, cases in splits.items() if cases}
     if not splits:
-        found = "found no cases" if path.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{path}: {found}. Expected {data}, from {preset.home}:\n{preset.tree}\nSee --root.")
-    if fold is not None or data == "amos":  # which publishes no split
+        found = "no cases" if path.is_dir() else "no such folder"
+        way_out = f"Get {data} from {preset.home} and name its folder by --root."
+        raise FileNotFoundError(f"{path}: found {found}, expected\n{preset.tree}\n{way_out}")
+    if fold is not None or data == "amos":  # AMOS publishes no split
         pool = [case for split in ("train", "val") for case in splits.pop(split, ())]
-        train, val = split_cases(sorted(pool, key=lambda case: case.name), fold or 0)
-        splits = {"train": train, "val": val} | splits
-    about = (preset.modality, (preset.modality,), preset.labels, preset.flip_axes, splits, preset.scored)
-    return DataSource(data, str(path), *about)
+        splits = split_cases(sorted(pool, key=lambda case: case.name), fold or 0) | splits
+    return DataSource(data, str(path), preset.task, splits)
 
 
-def split_cases(cases: list[Case], fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Shuffle the patients and hold one of five parts out: (train, val), each in the order given.
-
-    The frames of a patient, CASE_frame01 and so on, stay together.
-    """
+def split_cases(cases: Sequence[Case], fold: int) -> dict[str, tuple[Case, ...]]:
+    """Shuffle the patients and hold one of five parts out as "val". Frames of a patient stay together."""
     patient = [case.name.split("_frame")[0] for case in cases]
     patients = list(dict.fromkeys(patient))
     parts = np.array_split(np.random.default_rng(SPLIT_SEED).permutation(len(patients)), NUM_FOLDS)
@@ -111,15 +102,14 @@ def split_cases(cases: list[Case], fold: int) -> tuple[tuple[Case, ...], tuple[C
         raise ValueError(f"--fold {fold}: expected 0 to {min(NUM_FOLDS, len(patients)) - 1}")
     held_out = {patients[i] for i in parts[fold]}
     train = tuple(case for case, name in zip(cases, patient) if name not in held_out)
-    return train, tuple(case for case, name in zip(cases, patient) if name in held_out)
+    return {"train": train, "val": tuple(case for case, name in zip(cases, patient) if name in held_out)}
 
 
-def _find_acdc(root: Path) -> dict[str, list[Case]]:
-    return _find_cardiac(root, ACDC_VAL, ACDC_TEST)
+# ---------------------------------------------------------------------------------------------------- presets
 
 
 def _find_phantom(root: Path) -> dict[str, list[Case]]:
-    """Ours: of 34 patients the last 6 to test, 4 before them to validate."""
+    """Ours: of 34 patients, the last 6 are for testing and the 4 before them for validation."""
     numbers = sorted(int(patient.name[7:]) for patient in _patients(root, "training"))
     val, test = (max(1, round(share / 34 * len(numbers))) for share in (4, 6))
     return _find_cardiac(root, set(numbers[-val - test : -test]), set(numbers[-test:]))
@@ -131,36 +121,25 @@ def _patients(root: Path, folder: str) -> list[Path]:
 
 
 def _find_cardiac(root: Path, val: set[int], test: set[int]) -> dict[str, list[Case]]:
+    """Find both frames of each patient. Only Info.cfg says which they are: patient 90 has 04 and 11."""
     splits: dict[str, list[Case]] = {"train": [], "val": [], "test": [], "testing": []}
     problems = []
-    for folder in ("training", "testing"):
-        for patient in _patients(root, folder):
-            number = int(patient.name[7:])
-            split = "test" if number in test else "val" if number in val else "train"
-            try:
-                splits["testing" if folder == "testing" else split] += _acdc_frames(patient)
-            except ValueError as error:
-                problems.append(str(error))
+    for patient in _patients(root, "training") + _patients(root, "testing"):
+        number, file, testing = int(patient.name[7:]), patient / "Info.cfg", patient.parent.name == "testing"
+        text = file.read_text() if file.is_file() else "no such file"
+        frames = dict(re.findall(r"^(ED|ES):\s*(\d+)", text, re.MULTILINE))
+        if len(frames) < 2:
+            problems.append(f"{file}: found {text[:60]!r}, expected the lines 'ED: frame' and 'ES: frame'")
+            continue
+        split = "testing" if testing else "test" if number in test else "val" if number in val else "train"
+        for phase in ("ED", "ES"):  # end-diastole, end-systole
+            name = f"{patient.name}_frame{int(frames[phase]):02d}"
+            image, label = (str(patient / f"{name}{end}.nii.gz") for end in ("", "_gt"))
+            label = None if testing and not Path(label).exists() else label
+            splits[split].append(Case(name, (image,), label, (f"{patient.name}_{phase}",)))
     if problems:
         raise ValueError("\n".join(problems))
     return splits
-
-
-def _acdc_frames(patient: Path) -> list[Case]:
-    """End-diastole and end-systole of one patient. Only Info.cfg says which frames: patient 90 has 04, 11."""
-    file = patient / "Info.cfg"
-    text = file.read_text() if file.is_file() else "no such file"
-    info = dict(re.findall(r"^(ED|ES):\s*(\d+)", text, re.MULTILINE))
-    if len(info) < 2:
-        raise ValueError(f"{file}: found {text[:60]!r}, expected the lines 'ED: frame' and 'ES: frame'")
-    cases = []
-    for phase in ("ED", "ES"):
-        name = f"{patient.name}_frame{int(info[phase]):02d}"
-        label = patient / f"{name}_gt.nii.gz"
-        hidden = patient.parent.name == "testing" and not label.exists()
-        image = (str(patient / f"{name}.nii.gz"),)
-        cases.append(Case(name, image, None if hidden else str(label), (f"{patient.name}_{phase}",)))
-    return cases
 
 
 def _find_synapse(root: Path) -> dict[str, list[Case]]:
@@ -169,13 +148,13 @@ def _find_synapse(root: Path) -> dict[str, list[Case]]:
     splits: dict[str, list[Case]] = {"train": [], "val": [], "test": [], "testing": []}
     for folder in (training, training.parent / "Testing"):
         for image in sorted((folder / "img").glob("img[0-9]*.nii*")):
-            number = int(re.search(r"\d+", image.name)[0])
+            number, testing = int(re.search(r"\d+", image.name)[0]), folder.name == "Testing"
             label = folder / "label" / image.name.replace("img", "label")
-            hidden = folder.name == "Testing" and not label.exists()
+            hidden = testing and not label.exists()
             split = "test" if number in SYNAPSE_TEST else "val" if number in SYNAPSE_VAL else "train"
-            names = (f"case{number:04d}", f"label{number:04d}", f"img{number:04d}")
-            case = Case(names[0], (str(image),), None if hidden else str(label), names[1:])
-            splits["testing" if folder.name == "Testing" else split].append(case)
+            name, *aliases = (f"{word}{number:04d}" for word in ("case", "label", "img"))
+            case = Case(name, (str(image),), None if hidden else str(label), tuple(aliases))
+            splits["testing" if testing else split].append(case)
     return splits
 
 
@@ -184,163 +163,182 @@ def _find_amos(root: Path) -> dict[str, list[Case]]:
 
     def ct(part: str) -> list[Case]:
         files = sorted((base / f"images{part}").glob("amos_[0-9][0-9][0-9][0-9].nii.gz"))
-        files = [file for file in files if int(file.name[5:9]) <= 500]  # above are MR
         labels = base / f"labels{part}"
-        hidden = part == "Ts" and not labels.is_dir()
-        return [Case(file.name[:9], (str(file),), None if hidden else str(labels / file.name)) for file in files]
+        known = part != "Ts" or labels.is_dir()
+        return [
+            Case(file.name[:9], (str(file),), str(labels / file.name) if known else None)
+            for file in files
+            if int(file.name[5:9]) <= 500  # higher numbers are MR
+        ]
 
     return {"train": ct("Tr"), "test": ct("Va"), "testing": ct("Ts")}
 
 
-FINDERS = {"phantom": _find_phantom, "acdc": _find_acdc, "synapse": _find_synapse, "amos": _find_amos}
+FINDERS = {
+    "phantom": _find_phantom,
+    "acdc": lambda root: _find_cardiac(root, ACDC_VAL, ACDC_TEST),
+    "synapse": _find_synapse,
+    "amos": _find_amos,
+}
+
+# ---------------------------------------------------------------------------------------------------- folders
 
 
 def _find_folder(root: Path, fold: int) -> DataSource:
-    """A Decathlon or nnU-Net raw folder, from its dataset.json."""
+    """Find the cases of a folder in Decathlon's or nnU-Net's raw layout."""
+    task, ending = _read_dataset_json(root)
+    cases = _folder_cases(root, len(task.channels), ending)
+    if len(cases) < 2:
+        raise FileNotFoundError(f"{root}: found {len(cases)} cases, expected two in imagesTr and labelsTr")
+    splits = _folder_splits(root / "splits_final.json", cases, fold)
+    return DataSource(root.resolve().name, str(root), task, splits)
+
+
+def _read_dataset_json(root: Path) -> tuple[Task, str]:
+    """Read the task of a folder and the ending of its files. Modality and flips are decided here alone."""
     file = root / "dataset.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"--data {root}: neither a preset ({', '.join(PRESETS)}) nor a folder with a dataset.json. Expected\n"
-            "DIR/dataset.json with labels and modality (Decathlon) or channel_names (nnU-Net raw)\n"
+            f"--data {root}: found neither a preset nor a folder with a dataset.json, expected "
+            f"{', '.join(PRESETS)}, or a folder DIR with\n"
+            "DIR/dataset.json: labels, and modality (Decathlon) or channel_names (nnU-Net raw)\n"
             "DIR/imagesTr/CASE[_0000].nii.gz\nDIR/labelsTr/CASE.nii.gz"
         )
     try:
-        description = json.loads(file.read_text())
-        table = description["labels"]  # id -> name in Decathlon, name -> id in nnU-Net
-        names = {int(key): name for key, name in table.items()} if "0" in table else {i: k for k, i in table.items()}
-        labels = tuple(names[index] for index in range(len(names)))
-        table = description.get("channel_names") or description["modality"]
-        channels = tuple(table[str(index)] for index in range(len(table)))
+        content = json.loads(file.read_text())
+        table = content["labels"]
+        names = {i: name for name, i in table.items()}  # nnU-Net: name -> id
+        if "0" in table:
+            names = {int(i): name for i, name in table.items()}  # Decathlon: id -> name
+        labels = tuple(names[i] for i in range(len(names)))
+        table = content.get("channel_names") or content["modality"]
+        channels = tuple(table[str(i)] for i in range(len(table)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file}: found {type(error).__name__} {error}, expected labels 0, 1, 2, ... with their names, and "
-            "modality or channel_names"
+            f"{file}: found {type(error).__name__} {error}, expected labels 0, 1, 2, ... with their names, "
+            "and modality or channel_names"
         ) from error
-    cases = _folder_cases(root, len(channels), description.get("file_ending", ".nii.gz"))
-    if len(cases) < 2:
-        raise FileNotFoundError(f"{root}: found {len(cases)} cases, expected two or more in imagesTr and labelsTr")
-    modality = "CT" if "ct" in channels[0].lower().split() else "MR"
+    modality = "CT" if "ct" in channels[0].lower().split() else "MR"  # Ours: the first channel decides
+    # Ours: left and right are exchanged, since patients are nearly symmetric, unless a class has a side.
     sided = any(word in label.lower() for label in labels for word in ("left", "right"))
-    flip_axes = () if sided else (2,)  # Ours: as patients are nearly symmetric; what has a side keeps it
-    splits = _folder_splits(root / "splits_final.json", cases, fold)
-    return DataSource(root.resolve().name, str(root), modality, channels, labels, flip_axes, splits)
+    return Task(labels, channels, modality, () if sided else (2,)), content.get("file_ending", ".nii.gz")
 
 
 def _folder_cases(root: Path, num_channels: int, ending: str) -> list[Case]:
-    """A case for every label, and for every image that none claims: `check_source` will miss its label."""
+    """Make a case of every label, and of every image without one: the check will name its missing label."""
     cases, claimed = [], set()
     for label in sorted((root / "labelsTr").glob(f"[!.]*{ending}")):
         name = label.name.removesuffix(ending)
         images = [root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(num_channels)]
-        if num_channels == 1 and not images[0].exists():  # Decathlon numbers no channels
+        if num_channels == 1 and not images[0].exists():  # Decathlon does not number the channel
             images = [root / "imagesTr" / f"{name}{ending}"]
         cases.append(Case(name, tuple(map(str, images)), str(label)))
         claimed.update(images)
-    for image in sorted((root / "imagesTr").glob(f"[!.]*{ending}")):
-        if image not in claimed:
-            name = image.name.removesuffix(ending)
-            cases.append(Case(name, (str(image),), str(root / "labelsTr" / image.name)))
+    for image in sorted(set((root / "imagesTr").glob(f"[!.]*{ending}")) - claimed):
+        label = root / "labelsTr" / image.name
+        cases.append(Case(image.name.removesuffix(ending), (str(image),), str(label)))
     return cases
 
 
-def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
-    """Unlabelled cases of a folder: CASE_0000.nii.gz and so on, one file a channel; of one channel CASE.nii.gz serves.
-
-    Raises:
-        FileNotFoundError: no such folder, no NIfTI file in it, or a channel is missing. ValueError: one is there twice.
-    """
-    endings = (".nii.gz", ".nii")
-    files = sorted(file for file in Path(folder).glob("[!.]*") if file.name.endswith(endings))
-    if not files:
-        raise FileNotFoundError(f"{folder}: found no .nii or .nii.gz files, expected the images to predict")
-    images: dict[str, dict[int, str]] = {}
-    for file in files:
-        stem = file.name.removesuffix(".gz").removesuffix(".nii")
-        numbered = re.fullmatch(r"(.+)_(\d{4})", stem)
-        name, channel = stem, 0
-        if numbered and int(numbered[2]) < num_channels:
-            name, channel = numbered[1], int(numbered[2])
-        other = images.setdefault(name, {}).setdefault(channel, str(file))
-        if other != str(file):
-            raise ValueError(f"{file}: found {other} as channel {channel} of {name} too, expected one file a channel")
-    for name, files in images.items():
-        if len(files) != num_channels:
-            wanted = " ".join(f"{name}_{channel:04d}.nii.gz" for channel in range(num_channels))
-            raise FileNotFoundError(f"{folder}: found {' '.join(files.values())} of {name}, expected {wanted}")
-    return tuple(Case(name, tuple(files[c] for c in range(num_channels)), None) for name, files in images.items())
-
-
 def _folder_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[Case, ...]]:
-    """A fold of nnU-Net's splits_final.json, or where there is none, one of five shuffled folds."""
+    """Take a fold of nnU-Net's splits_final.json, or without such a file one of our five."""
     if not file.is_file():
-        return dict(zip(("train", "val"), split_cases(cases, fold)))
+        return split_cases(cases, fold)
     by_name = {case.name: case for case in cases}
     try:
         folds = json.loads(file.read_text())
         if not 0 <= fold < len(folds):
-            raise ValueError(f"{file}: found {len(folds)} folds, expected one of the number {fold}; see --fold")
+            raise ValueError(f"{file}: found {len(folds)} folds, expected more for --fold {fold}")
         splits = {split: tuple(by_name[name] for name in folds[fold][split]) for split in ("train", "val")}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file}: found {type(error).__name__} {error}, expected a list of folds with the keys train and val and "
-            f"names such as {cases[0].name}"
+            f"{file}: found {type(error).__name__} {error}, expected a list of folds with the keys train and "
+            f"val and names such as {cases[0].name}"
         ) from error
     if not splits["train"] or not splits["val"]:
-        raise ValueError(f"{file}: found an empty train or val in fold {fold}, expected one case or more in each")
+        raise ValueError(f"{file}: found an empty train or val in fold {fold}, expected a case in each")
     return splits
 
 
-# ----------------------------------------------------------------------------------------- another program's label maps
+def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
+    """Find the images of a folder, as cases without labels.
+
+    Args:
+        folder: folder with CASE_0000.nii.gz, CASE_0001.nii.gz, ..., or for one channel also CASE.nii.gz.
+        num_channels: number of files that each case must have.
+    Raises:
+        FileNotFoundError: there is no NIfTI file, or a channel is missing.
+        ValueError: two files are the same channel of a case.
+    """
+    files = sorted(file for file in Path(folder).glob("[!.]*") if file.name.endswith(ENDINGS))
+    if not files:
+        raise FileNotFoundError(f"{folder}: found no .nii or .nii.gz files, expected the images to predict")
+    images: dict[str, dict[int, str]] = {}
+    for file in files:
+        name, channel = file.name.removesuffix(".gz").removesuffix(".nii"), 0
+        numbered = re.fullmatch(r"(.+)_(\d{4})", name)
+        if numbered and int(numbered[2]) < num_channels:
+            name, channel = numbered[1], int(numbered[2])
+        other = images.setdefault(name, {}).setdefault(channel, str(file))
+        if other != str(file):
+            raise ValueError(f"{file}: found {other} as channel {channel} of {name} too, expected one file")
+    for name, own in images.items():
+        if len(own) != num_channels:
+            wanted = " ".join(f"{name}_{channel:04d}.nii.gz" for channel in range(num_channels))
+            raise FileNotFoundError(f"{folder}: found {' '.join(own.values())} of {name}, expected {wanted}")
+    return tuple(Case(name, tuple(own[c] for c in range(num_channels)), None) for name, own in images.items())
+
+
+# ------------------------------------------------------------------------------- another program's label maps
 
 
 def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = False) -> list[Path]:
-    """The file of each case in another program's folder, under its name or an alias (patient001_ED, label0001).
+    """Find the label map of each case in another program's folder.
 
     Args:
-        spare: whether there may be files of other cases.
+        cases: cases whose label maps are wanted.
+        folder: folder with one file per case, under its name or an alias (patient001_ED, label0001).
+        spare: whether the folder may hold files of other cases.
     Raises:
-        FileNotFoundError: no such folder, or a list of all cases without a file and all files without a case.
+        FileNotFoundError: there is no folder, or some cases have no file or two, or some files no case.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder, expected the label maps of {len(cases)} cases")
-    endings = (".nii.gz", ".nii")
-    files = {path.name: path for path in Path(folder).glob("[!.]*") if path.name.endswith(endings)}
+        raise FileNotFoundError(f"{folder}: found no such folder, expected label maps of {len(cases)} cases")
+    files = {path.name: path for path in Path(folder).glob("[!.]*") if path.name.endswith(ENDINGS)}
     found, problems = [], []
     for case in cases:
-        names = [name + ending for name in (case.name, *case.aliases) for ending in endings]
+        names = [name + ending for name in (case.name, *case.aliases) for ending in ENDINGS]
         own = [files.pop(name) for name in names if name in files]
         found += own[:1]
         if len(own) != 1:
-            what = " and ".join(map(str, own)) or "no file"
-            problems.append(f"{folder}: found {what} of {case.name}, expected one, {names[0]}")
+            listed = " and ".join(map(str, own)) or "no file"
+            problems.append(f"{folder}: found {listed} of {case.name}, expected one, {names[0]}")
     if not spare:
-        problems += [f"{path}: found a file of no case of this split, expected none" for path in files.values()]
+        problems += [f"{path}: found a file of no case, expected none" for path in files.values()]
     if problems:
         raise FileNotFoundError(f"{len(problems)} problems in {folder}:\n" + "\n".join(problems))
     return found
 
 
-def give_prompts(cases: Sequence[Case], prompts: str) -> tuple[Case, ...]:
-    """The cases with the label maps that their boxes are made of.
+def with_box_source(cases: Sequence[Case], where: str) -> tuple[Case, ...]:
+    """Return the cases with the label maps whose boxes the network is given.
 
     Args:
-        prompts: "gt", their own labels, or a folder of another program's label maps; "auto" gives none.
+        cases: cases to train on or to predict.
+        where: "auto" for none, "gt" for the true labels, or a folder with another program's label maps.
     Raises:
-        ValueError: a case without truth. FileNotFoundError: as `find_predictions`.
+        FileNotFoundError, ValueError: a case has no such label map.
     """
-    if prompts == "auto":
+    if where == "auto":
         return tuple(cases)
-    if prompts != "gt":
-        files = map(str, find_predictions(cases, prompts, spare=True))
-    elif hidden := [case.name for case in cases if case.label is None]:
-        raise ValueError(f"--prompts gt: {len(hidden)} cases have no truth, such as {hidden[0]}")
-    else:
-        files = (case.label for case in cases)
-    return tuple(dataclasses.replace(case, prompts=file) for case, file in zip(cases, files))
+    files = [case.label for case in cases] if where == "gt" else find_predictions(cases, where, True)
+    if None in files:
+        name = cases[files.index(None)].name
+        raise ValueError(f"--prompts gt: found no label of {name}, expected one of each case")
+    return tuple(dataclasses.replace(case, box_source=str(file)) for case, file in zip(cases, files))
 
 
-def prompts_name(prompts: str) -> str:
-    """What --prompts adds to names of files and folders: "", "-boxes-gt" or the end of the folder's path."""
-    if prompts == "auto":
-        return ""
-    return "-boxes-" + ("gt" if prompts == "gt" else "_".join(Path(prompts).resolve().parts[-2:]).replace(" ", "_"))
+def box_source_suffix(where: str) -> str:
+    """Return the ending for names of results: "", "-boxes-gt", or "-boxes-" and the folder's last names."""
+    folder = "_".join(Path(where).resolve().parts[-2:]).replace(" ", "_")
+    return {"auto": "", "gt": "-boxes-gt"}.get(where, f"-boxes-{folder}")

@@ -1,11 +1,10 @@
-"""One NIfTI file to one array and back, and all that can be wrong with it.
+"""NIfTI files: one file to one array and back, the place of the array in the patient, and all checks.
 
-    read_volume        file -> (D, H, W) in RAS, and where it lay
-    check_case         all files of a case -> a line for everything that is wrong
-    write_label_map    (D, H, W) -> file, in the orientation and affine of the image it belongs to
+    file (x, y, z) ── read_image, read_label ──> array (D, H, W) and its Geometry
+    all files of a case ── check_case ──> one line for each problem
+    label map (D, H, W) ── write_label_map ──> file with the axes and the affine of the image
 
-NIfTI's (x, y, z) is turned to RAS and then to (D, H, W) in `read_volume`, and back in `write_label_map`; nowhere else.
-Errors read "FILE: found X, expected Y". Letters: D slices, H rows, W columns. Spacing is (D, H, W) in mm.
+Arrays are turned to RAS and then to (D, H, W) by `Geometry.from_file` and back by `Geometry.to_file`.
 """
 
 import dataclasses
@@ -21,114 +20,144 @@ from nibabel import orientations
 from support.files import write_whole
 from support.layouts import Case
 
-# ------------------------------------------------------------------------------------------------- reading and checking
-
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How a volume lay in its file: what is needed to write a label map back into the same place.
+    """The place of a volume in its file and in the patient.
 
-    affine: (4, 4) of the file. shape: (D, H, W) after turning to RAS. spacing: (D, H, W) in mm.
+    Args:
+        affine: (4, 4), from the file's voxels (x, y, z) to mm.
+        shape: (D, H, W) of the array, that is after turning it to RAS.
+        spacing: (D, H, W) in mm.
     """
 
     affine: np.ndarray
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
 
+    @classmethod
+    def of(cls, affine: np.ndarray, file_shape: Sequence[int]) -> "Geometry":
+        """Make the geometry of a file with this affine and this shape (x, y, z)."""
+        turned_to = orientations.io_orientation(affine)[:, 0].tolist()  # file axis -> axis of RAS
+        file_axes = [turned_to.index(axis) for axis in (2, 1, 0)]  # the file's axes that become D, H, W
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        shape = tuple(file_shape[axis] for axis in file_axes)
+        return cls(affine, shape, tuple(float(spacing[axis]) for axis in file_axes))
+
+    def from_file(self, array: np.ndarray) -> np.ndarray:
+        """Turn an array of the file, (x, y, z), to RAS and to (D, H, W)."""
+        ras = orientations.apply_orientation(array, orientations.io_orientation(self.affine))
+        return ras.transpose(2, 1, 0)
+
+    def to_file(self, volume: np.ndarray) -> np.ndarray:
+        """Turn a volume (D, H, W) back to the axes of the file: undo `from_file`."""
+        ras = np.array([[0, 1], [1, 1], [2, 1]])
+        back = orientations.ornt_transform(ras, orientations.io_orientation(self.affine))
+        return orientations.apply_orientation(volume.transpose(2, 1, 0), back)
+
+    def ras_affine(self) -> np.ndarray:
+        """Return the affine (4, 4) of the array that is turned to RAS, whichever axes the file has."""
+        turn = orientations.io_orientation(self.affine)
+        file_shape = [self.shape[2 - int(axis)] for axis in turn[:, 0]]
+        return self.affine @ orientations.inv_ornt_aff(turn, file_shape)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def _problem(path: str | Path, found: str, expected: str) -> ValueError:
+    return ValueError(f"{path}: found {found}, expected {expected}")
+
 
 def read_header(path: str) -> tuple[nib.Nifti1Image, Geometry]:
-    """Open a NIfTI file and check its header, without reading its voxels.
+    """Open a NIfTI file and check its header. Its voxels are not read.
 
     Raises:
-        ValueError: missing or no NIfTI file, not three dimensions, voxels that are no numbers, impossible affine.
+        ValueError: there is no readable file, it is not three-dimensional, or its affine is impossible.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path}: found no such file, expected a NIfTI volume")
+        raise _problem(path, "no such file", "a NIfTI volume")
     try:
         image = nib.load(path)
-    except Exception as error:  # nibabel raises many kinds for what is not NIfTI
-        raise ValueError(f"{path}: found no readable NIfTI file ({error}), expected .nii or .nii.gz") from error
+    except Exception as error:  # nibabel raises many kinds of error for files that are not NIfTI
+        raise _problem(path, f"no readable NIfTI file ({error})", ".nii or .nii.gz") from error
     if len(image.shape) != 3 or 0 in image.shape:
-        raise ValueError(f"{path}: found shape {image.shape}, expected three dimensions, one file a channel and frame")
+        raise _problem(path, f"shape {image.shape}", "three dimensions, one file a channel")
     if image.get_data_dtype().kind not in "biuf":
-        raise ValueError(f"{path}: found voxels of type {image.get_data_dtype()}, expected one real number each")
+        raise _problem(path, f"voxels of type {image.get_data_dtype()}", "real numbers")
     axes = image.affine[:3, :3]
     spacing = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(image.affine).all() or (spacing <= 0).any() or abs(np.linalg.det(axes / spacing)) < 1e-3:
-        raise ValueError(f"{path}: found the affine {image.affine.tolist()}, expected three axes with spacings above 0")
-    turn = orientations.io_orientation(image.affine)
-    file_axes = [int(np.flatnonzero(turn[:, 0] == axis)[0]) for axis in (2, 1, 0)]  # which of the file's is D, H, W
-    shape = tuple(image.shape[axis] for axis in file_axes)
-    return image, Geometry(image.affine, shape, tuple(float(spacing[axis]) for axis in file_axes))
+    # Ours: directions that span less than a thousandth of a unit cube are taken for parallel.
+    possible = np.isfinite(axes).all() and spacing.all() and abs(np.linalg.det(axes / spacing)) >= 1e-3
+    if not possible or not np.isfinite(image.affine).all():
+        raise _problem(path, f"the affine {image.affine.tolist()}", "three axes with a spacing")
+    return image, Geometry.of(image.affine, image.shape)
 
 
 def read_volume(path: str) -> tuple[np.ndarray, Geometry]:
-    """Read a volume, turned to RAS and transposed from NIfTI's (x, y, z).
+    """Read a volume.
 
     Returns:
-        (D, H, W), of the type that the file's scaling gives, and its geometry.
+        Array (D, H, W), of the type that the scaling in the file gives, and its geometry.
     Raises:
         ValueError: as `read_header`, or the file is truncated.
     """
     image, geometry = read_header(path)
     try:
         array = np.asanyarray(image.dataobj)
-    except Exception as error:  # gzip, zlib and nibabel each have their own words for a truncated file
-        raise ValueError(f"{path}: found a truncated file ({error}), expected {image.shape} voxels") from error
-    array = orientations.apply_orientation(array, orientations.io_orientation(image.affine))
-    return array.transpose(2, 1, 0), geometry
+    except Exception as error:  # gzip, zlib and nibabel raise different errors for a truncated file
+        raise _problem(path, f"a truncated file ({error})", f"{image.shape} voxels") from error
+    return geometry.from_file(array), geometry
 
 
 def read_image(path: str) -> tuple[np.ndarray, Geometry]:
-    """`read_volume` as (D, H, W) float32; NaN and infinity are a ValueError."""
+    """Read an image as float32 (D, H, W) with its geometry; raise a ValueError for NaN and infinity."""
     array, geometry = read_volume(path)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity and is found below
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, which is found below
         array = array.astype(np.float32)
     wrong = array.size - np.count_nonzero(np.isfinite(array))
     if wrong:
-        raise ValueError(f"{path}: found {wrong} voxels of NaN or infinity, expected finite numbers")
+        raise _problem(path, f"{wrong} voxels of NaN or infinity", "finite numbers")
     return array, geometry
 
 
 def read_label(path: str, num_classes: int) -> tuple[np.ndarray, Geometry]:
-    """`read_volume` as (D, H, W) uint8; an id that is not whole or not below `num_classes` is a ValueError."""
+    """Read a label map as uint8 (D, H, W) with its geometry; raise a ValueError for ids that are no class."""
     array, geometry = read_volume(path)
-    with np.errstate(invalid="ignore"):  # NaN and what a byte cannot hold change in the cast and are found below
+    with np.errstate(invalid="ignore"):  # NaN and numbers beyond a byte change here and are found below
         label = array.astype(np.uint8)
     wrong = (label != array) | (label >= num_classes)
     if wrong.any():
         ids = np.unique(array[wrong]).astype(float).tolist()
-        raise ValueError(f"{path}: found the labels {ids[:5]}, expected whole numbers from 0 to {num_classes - 1}")
+        raise _problem(path, f"the labels {ids[:5]}", f"whole numbers from 0 to {num_classes - 1}")
     return label, geometry
 
 
-def canonical_affine(geometry: Geometry) -> np.ndarray:
-    """The affine (4, 4) of the volume once it is turned to RAS, for (x, y, z): the same however it is stored."""
-    turn = orientations.io_orientation(geometry.affine)
-    file_shape = [geometry.shape[2 - int(axis)] for axis in turn[:, 0]]
-    return geometry.affine @ orientations.inv_ornt_aff(turn, file_shape)
+# --------------------------------------------------------------------------------------------------- checking
 
 
 def check_same_place(path: str, geometry: Geometry, reference_path: str, reference: Geometry) -> None:
-    """Raise a ValueError unless two volumes have one shape and one place.
+    """Raise a ValueError unless two volumes have the same shape and the same place.
 
-    Ours: up to a tenth of a voxel, anywhere in the volume, is the rounding of headers.
+    Ours: a tenth of a voxel, anywhere in the volume, is allowed for the rounding of headers.
     """
     if geometry.shape != reference.shape:
-        raise ValueError(f"{path}: found (D, H, W) = {geometry.shape}, expected {reference.shape} as {reference_path}")
+        raise _problem(path, f"(D, H, W) = {geometry.shape}", f"{reference.shape} as {reference_path}")
     corners = np.array(list(itertools.product(*((0, n) for n in reversed(reference.shape)))))
-    affines = [canonical_affine(each) for each in (geometry, reference)]
-    shifts = nib.affines.apply_affine(affines[0] - affines[1], corners)
+    affines = [each.ras_affine() for each in (geometry, reference)]
+    shifts = nib.affines.apply_affine(affines[0] - affines[1], corners)  # (8, 3) in mm
     if np.linalg.norm(shifts, axis=1).max() > 0.1 * min(reference.spacing):
         found, expected = (np.round(affine, 4).tolist() for affine in affines)
-        raise ValueError(f"{path}: found the affine {found} in RAS, expected {expected} as {reference_path}")
+        raise _problem(path, f"the affine {found} in RAS", f"{expected} as {reference_path}")
 
 
 def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] = ()) -> list[str]:
-    """All that is wrong with one case, a line each: every channel, the label maps, and whether they lie together.
+    """Read all files of a case, and return one line for each problem.
 
     Args:
-        predictions: more label maps, that should lie where the case lies.
+        case: case whose channels and label maps are read and compared.
+        num_classes: K, one more than the largest label id.
+        predictions: more label maps, which must lie where the case lies.
     """
     problems, places = [], []
 
@@ -138,11 +167,10 @@ def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] =
         except ValueError as error:
             problems.append(" ".join(str(error).split()))
 
-    labels = dict.fromkeys(path for path in (case.label, case.prompts) if path is not None)
-    for read, path, *arguments in (
-        *((read_image, path) for path in case.images),
-        *((read_label, str(path), num_classes) for path in (*labels, *predictions)),
-    ):
+    labels = dict.fromkeys(path for path in (case.label, case.box_source) if path is not None)
+    reads = [(read_image, path) for path in case.images]
+    reads += [(read_label, str(path), num_classes) for path in (*labels, *predictions)]
+    for read, path, *arguments in reads:
         content = attempt(read, path, *arguments)
         if content is not None:
             places.append((path, content[1]))
@@ -151,25 +179,24 @@ def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] =
     return problems
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def write_label_map(path: str | Path, label: np.ndarray, geometry: Geometry, description: str = "") -> None:
-    """Write a label map with the orientation and affine of the file it belongs to; sform and qform are both set.
+    """Write a label map with the axes and the affine of the image that it belongs to.
 
     Args:
-        path: .nii or .nii.gz. label: (D, H, W) as `read_volume` would give it. geometry: of that file.
-        description: up to 79 characters for the header, see `read_description`.
+        path: file to write, .nii or .nii.gz.
+        label: (D, H, W) class ids.
+        geometry: of the image.
+        description: up to 79 characters for the header; `read_description` gives them back.
     Raises:
-        ValueError: the label map has another shape than the geometry.
+        ValueError: the label map has another shape than the image.
     """
     path = Path(path)
     if label.shape != geometry.shape:
-        raise ValueError(f"{path}: found a label map of {label.shape}, expected {geometry.shape} as in its geometry")
-    canonical = np.array([[0, 1], [1, 1], [2, 1]])
-    back = orientations.ornt_transform(canonical, orientations.io_orientation(geometry.affine))
-    array = orientations.apply_orientation(label.transpose(2, 1, 0), back).astype(np.uint8)
-    image = nib.Nifti1Image(array, geometry.affine)
+        raise _problem(path, f"a label map of {label.shape}", f"{geometry.shape} as in its geometry")
+    image = nib.Nifti1Image(geometry.to_file(label).astype(np.uint8), geometry.affine)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()
     image.set_sform(geometry.affine, code="scanner")
@@ -180,7 +207,7 @@ def write_label_map(path: str | Path, label: np.ndarray, geometry: Geometry, des
 
 
 def read_description(path: str | Path) -> str:
-    """The description that `write_label_map` gave a file; "" where there is no readable file."""
+    """Return the description that `write_label_map` wrote, or "" if there is no readable file."""
     try:
         return read_header(str(path))[0].header["descrip"].item().decode(errors="replace")
     except ValueError:

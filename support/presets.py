@@ -1,19 +1,57 @@
-"""One record per data set: labels, modality, sizes and schedule (paper 3)."""
+"""One record per data set: its labels and flips, the sizes of the network, the schedule (paper 3).
+
+    PRESETS["acdc"] ── recipe(preset, "tiny") ──> the preset with the sizes of a light image encoder
+    a folder's Task and its cases' shapes ── folder_preset ──> a preset for any other data set
+
+The paper gives the backbone (ViT-B), but no patch, no number of queries, no optimizer and no schedule.
+Release: these numbers are the authors' published ones, except where a line says `Ours`.
+"""
 
 import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The meaning of the files of a data set. It is stated once, and every checkpoint carries it.
+
+    Args:
+        labels: names of the classes; the index is the id, and 0 is the background.
+        channels: names of the input channels, one file each.
+        modality: "CT" or "MR"; it decides how intensities are normalised (data.py).
+        flip_axes: axes of (D, H, W) along which a flipped patch keeps its labels. Ours: the paper has none.
+        scored: class ids in the order of the paper's table; all classes if it is empty.
+    """
+
+    labels: tuple[str, ...]
+    channels: tuple[str, ...]
+    modality: str
+    flip_axes: tuple[int, ...]
+    scored: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One `--data` name: what its labels are and the run that the paper made on it (the authors' published constants).
+    """One name for `--data`: a task, and the sizes and the schedule of its training.
 
-    labels: names by id, 0 is background. modality: "MR" or "CT". patch_size: (D, H, W) voxels. encoder_size: pixels.
-    flip_axes: of (D, H, W), where a flipped patch keeps its labels. scored: ids in the order of the paper's table, all
-    if empty. home, tree: where to get the files, and what they should look like.
+    Release: the defaults are those of all the authors' runs. Ours: vit_b for all (as the paper; the release
+    takes vit_h for Synapse and AMOS) and AdamW for all (the release takes SGD for ACDC and Synapse).
+
+    Args:
+        task: labels, channels, modality and flips.
+        patch_size: (D, H, W) in voxels.
+        encoder_size: (height, width) in pixels, to which the image encoder resamples each slice.
+        num_queries: N, the number of masks per slice.
+        sam: backbone, a key of `support.sam.BACKBONES`.
+        epochs, iterations, batch_size: number of epochs, of steps in each, of patches per step and process.
+        lr, weight_decay, adam_eps, clip: settings of AdamW, and the largest norm of the gradient.
+        mask_weight: weight of the two losses on the final masks.
+        home, tree: the place to get the files, and the folders that we expect.
     """
 
-    labels: tuple[str, ...]
-    modality: str
+    task: Task
     patch_size: tuple[int, int, int]
     encoder_size: tuple[int, int]
     num_queries: int
@@ -26,67 +64,76 @@ class Preset:
     adam_eps: float = 1e-8
     clip: float = 12.0
     mask_weight: float = 1.5
-    flip_axes: tuple[int, ...] = ()
-    scored: tuple[int, ...] = ()
     home: str = ""
     tree: str = ""
 
 
-CARDIAC = ("background", "RV", "Myo", "LV")
-ACDC_TREE = """ROOT/[database/]training/patient001/Info.cfg
-                                   patient001_frame01.nii.gz
-                                   patient001_frame01_gt.nii.gz
-                                   ..."""
+# Ours: short-axis slices are turned anyhow, so they may be flipped in plane; organs that have a side may not.
+HEART = Task(("background", "RV", "Myo", "LV"), ("MR",), "MR", flip_axes=(1, 2))
+HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,_gt}.nii.gz,...}"
 # fmt: off
 PRESETS = {
-    # Ours: sizes and schedule for some minutes on two cores.
+    # Ours: sizes and schedule that take minutes on two cores.
     "phantom": Preset(
-        CARDIAC, "MR", (4, 80, 80), (240, 240), 8, sam="tiny", epochs=8, iterations=250, batch_size=1,
-        flip_axes=(1, 2), home="phantom.py writes it", tree=ACDC_TREE,
+        HEART, (4, 80, 80), (240, 240), 8, sam="tiny", epochs=8, batch_size=1,
+        home="support/phantom.py, which writes it", tree=HEART_TREE,
     ),
-    "acdc": Preset(
-        CARDIAC, "MR", (4, 256, 256), (1024, 1024), 8, epochs=500, flip_axes=(1, 2),
-        home="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html", tree=ACDC_TREE,
+    "acdc": Preset(  # Release: all numbers
+        HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,
+        home="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html", tree=HEART_TREE,
     ),
-    "synapse": Preset(
-        ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
-         "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal", "left adrenal"),
-        "CT", (26, 256, 256), (256, 256), 24, scored=(8, 4, 3, 2, 6, 11, 1, 7),
+    "synapse": Preset(  # Release: all numbers
+        Task(("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
+              "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
+              "right adrenal", "left adrenal"), ("CT",), "CT", (), scored=(8, 4, 3, 2, 6, 11, 1, 7)),
+        (26, 256, 256), (256, 256), 24,
         home="https://www.synapse.org/#!Synapse:syn3193805 (RawData.zip)",
         tree="ROOT/[Abdomen/RawData/]Training/{img/img0001.nii.gz,label/label0001.nii.gz}, Testing/img",
     ),
-    "amos": Preset(
-        ("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
-         "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder",
-         "prostate/uterus"),
-        "CT", (9, 512, 512), (512, 512), 24, adam_eps=1e-4, mask_weight=1.2,
+    "amos": Preset(  # Release: all numbers
+        Task(("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver",
+              "stomach", "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland",
+              "duodenum", "bladder", "prostate/uterus"), ("CT",), "CT", ()),
+        (9, 512, 512), (512, 512), 24, adam_eps=1e-4, mask_weight=1.2,
         home="https://zenodo.org/records/7155725 (amos22.zip)",
         tree="ROOT/[amos22/]{imagesTr,labelsTr,imagesVa,labelsVa,imagesTs}/amos_0001.nii.gz",
     ),
 }
 # fmt: on
 
-# Encoder pixels a voxel of the backbones for a few cores: for patches up to 64 voxels a side, up to 96, and larger.
+# Ours: upsampling from patch to encoder input, for patch sides <= 64, <= 96 and larger.
 LIGHT_SCALES = {"tiny": (4, 3, 2), "mobile_sam": (4, 3, 3), "lite_medsam": (2, 1, 1)}
 
 
 def recipe(preset: Preset, sam: str) -> Preset:
-    """What a backbone changes in a preset. Ours: with `tiny`, sizes and schedule for an hour on two cores.
+    """Return a preset with sizes and schedule for a light image encoder; keep it for other backbones.
 
-    A token sees 4 x 4 voxels of a small volume, about 5 x 5 of a middling one and 8 x 8 of a large one; SAM's masks
-    have one, 3/4 and 1/2 of the patch's resolution. On ACDC, where a small patch often misses the heart, the wider view
-    won: 160 x 160 voxels gave a validation Dice of 0.51 after 1,500 steps, 96 x 96 of 0.41 after 4,000. On the phantom
-    tokens of 8 x 8 lost the thin wall (0.69 beside 0.90 after 1,000 steps).
-
-    The pre-trained light ones see the same patches at their own scales, and start far ahead: fewer, longer steps. On
-    ACDC a step takes 7 s of one core with `lite_medsam` and 4 s with `mobile_sam`, in 3.5 and 2.5 GiB.
+    Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take an hour or two on two cores.
+    A larger patch is upsampled less, so that the encoder's input stays small. Comparisons: docs/results.md.
     """
     if sam not in LIGHT_SCALES or sam == preset.sam:
         return preset
     depth, *patch = preset.patch_size
-    size = [max(patch) <= 64, max(patch) <= 96, True].index(True)
+    size = [max(patch) <= 64, max(patch) <= 96, True].index(True)  # 0 small, 1 middle, 2 large
     scale = LIGHT_SCALES[sam][size]
-    height, width = (side if size == 0 else min(-(-side // 16) * 16, 160) for side in patch)
+    height, width = (side if size == 0 else min(-(-side // 16) * 16, 160) for side in patch)  # up to 16s
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": (scale * height, scale * width)}
     epochs = min(preset.epochs, 60 if size == 0 else 36 if sam == "tiny" else 20)
     return dataclasses.replace(preset, sam=sam, epochs=epochs, iterations=250, batch_size=1, **sizes)
+
+
+def folder_preset(task: Task, shapes: Sequence[Sequence[int]]) -> Preset:
+    """Return the preset of a folder about which nothing is known but its cases.
+
+    Ours: the patch is the median case, in multiples of 4 up to 256 x 256, and at most 8 slices deep. The
+    encoder's input is four times as large, so that SAM's masks have the patch's resolution. There are half as
+    many queries again as classes, in eights.
+
+    Args:
+        task: labels, channels, modality and flips.
+        shapes: (D, H, W) of each prepared training case.
+    """
+    depth, *plane = np.median(shapes, axis=0)
+    height, width = (min(256, 4 * int(np.ceil(side / 4))) for side in plane)
+    queries = 8 * int(np.ceil(1.5 * len(task.labels) / 8))
+    return Preset(task, (min(8, round(depth)), height, width), (4 * height, 4 * width), queries, epochs=500)
