@@ -70,12 +70,10 @@ class DepthMLP(nn.Module):
 
     def forward(self, x: Tensor, rows_per_slice: int = 1) -> Tensor:
         """Mix the slices of each volume, alike at every row, token and channel. (B*D*n, ..., C) -> same."""
-        slices = x.unflatten(0, (-1, self.expand.in_features, rows_per_slice)).flatten(
-            2
-        )  # (B, D, n*tokens*C)
+        slices = x.unflatten(0, (-1, self.expand.in_features, rows_per_slice)).flatten(2)  # (B, D, rest)
         # `weight @ slices` applies the FC to axis 1, so that the depth axis need not be moved to the end.
-        hidden = F.gelu(self.expand.weight @ slices + self.expand.bias[:, None])  # (B, 4D, n*tokens*C)
-        mixed = self.contract.weight @ hidden + self.contract.bias[:, None]  # (B, D, n*tokens*C)
+        hidden = F.gelu(self.expand.weight @ slices + self.expand.bias[:, None])  # (B, 4D, rest)
+        mixed = self.contract.weight @ hidden + self.contract.bias[:, None]  # (B, D, rest)
         return x + mixed.reshape(x.shape)
 
 

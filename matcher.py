@@ -1,15 +1,17 @@
 """Bipartite matching between queries and true segments, and the set loss that it selects (paper 2.7).
 
-    outputs of the network ─┐
-                            ├─ pairwise_terms ──> one cost per (slice, query, class) and term
-    segments of the truth ──┘         │
-                                      ├─ HungarianMatcher: sum of weight * term, lowest total per slice
-                                      └─ SetCriterion: the same terms, read at the assignment
+    predictions p, m^final, m^aux, b^aux ──┐
+                                           ├──> pairwise_terms: a number per term, slice, query and class
+    truth c^gt, m^gt, b^gt ────────────────┘                     │
+                                                ┌────────────────┴───────────────┐
+                                       HungarianMatcher                     SetCriterion
+                                  sigma, the cheapest assignment ──> the same terms, read at sigma
 
-Cost and loss are the same numbers: what the assignment minimises is what is then paid. A slice has at most one segment
-per class, so the class id is the segment's index and every slice of a batch is compared in the same matrix products.
+Cost and loss are the same weighted terms: the assignment of lowest cost is also the one of lowest loss. A
+slice has at most one segment per class, so the class id is the index of a segment, and one matrix product
+compares all queries of a slice with all its segments. Usage:
 
-Letters: S slices, N queries, K classes with background, H W pixels. "No object" is index K of the class logits.
+    loss, terms = SetCriterion()(model(volume), label_map_to_segments(labels, num_classes))
 """
 
 from typing import NamedTuple
@@ -20,38 +22,31 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-# One table for cost and loss (the authors' published constants; AMOS uses 1.2 for the two final mask terms).
+# Release: one weight per term, for cost and loss alike. AMOS has 1.2 for the two terms of the final mask.
 TERM_WEIGHTS = {
-    "class": 0.2,
-    "mask_bce": 1.5,
+    "class": 0.2,  # -log p
+    "mask_bce": 1.5,  # L_mask^final
     "mask_dice": 1.5,
-    "aux_mask_bce": 0.5,
+    "aux_mask_bce": 0.5,  # L_mask^aux
     "aux_mask_dice": 0.5,
-    "box_l1": 0.5,
+    "box_l1": 0.5,  # L_box
     "box_giou": 0.2,
 }
-NO_OBJECT_WEIGHT = 0.1
+NO_OBJECT_WEIGHT = 0.1  # Release: DETR's number, which was made for 100 queries
 
 
 class Segments(NamedTuple):
-    """The truth of S slices, one place per class (paper 2.2, "dataset mapping").
+    """The truth z^gt of S slices, with one place per class (paper 2.2, "dataset mapping")."""
 
-    masks: (S, K, H, W) bool. boxes: (S, K, 4) x0, y0, x1, y1 in [0, 1], far edge exclusive, zeros where absent.
-    present: (S, K) bool, whether the slice has a segment of that class.
-    """
-
-    masks: Tensor
-    boxes: Tensor
-    present: Tensor
-
-
-# ---------------------------------------------------------------------------------------------------------------- boxes
+    masks: Tensor  # (S, K, H, W) bool
+    boxes: Tensor  # (S, K, 4) x0, y0, x1, y1 in [0, 1], far edge exclusive, zeros where a class is absent
+    present: Tensor  # (S, K) bool, whether the slice has a segment of the class
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
-    """Bounding boxes of binary masks, as fractions of the image.
+    """Return the bounding boxes of binary masks, as fractions of the image.
 
-    The far edge is exclusive: one pixel has an area of one pixel, and a full mask has the box (0, 0, 1, 1).
+    Ours: the far edge is exclusive. One pixel has the area of a pixel, a full mask has the box (0, 0, 1, 1).
 
     Args:
         masks: (..., H, W) bool.
@@ -59,8 +54,8 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
         (..., 4) float32 x0, y0, x1, y1 in [0, 1]; zeros where a mask is empty.
     """
     edges = []
-    for axis in (-2, -1):  # reducing rows leaves the columns' extent, x; reducing columns leaves y
-        occupied = masks.any(axis).to(torch.uint8)
+    for axis in (-2, -1):  # without its rows a mask shows its extent in x, without its columns that in y
+        occupied = masks.any(axis).to(torch.uint8)  # (..., W), then (..., H)
         length = occupied.shape[-1]
         first = occupied.argmax(-1)
         last = length - occupied.flip(-1).argmax(-1)
@@ -71,78 +66,75 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 
 def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised intersection over union (Rezatofighi et al. 2019), element by element with broadcasting.
+    """Return the generalised intersection over union (Rezatofighi et al. 2019) of boxes, with broadcasting.
 
     Args:
-        boxes, others: (..., 4) with x0 <= x1 and y0 <= y1.
+        boxes: (..., 4) x0, y0, x1, y1 with x0 <= x1 and y0 <= y1.
+        others: (..., 4), likewise.
     Returns:
-        (...) in [-1, 1]; two boxes without area at the same place give 0, not NaN.
+        (...) in [-1, 1]. Two boxes without area at the same place give 0, not NaN.
     """
-    low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
-    hull_low, hull_high = torch.minimum(boxes[..., :2], others[..., :2]), torch.maximum(boxes[..., 2:], others[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
-    area, other_area = (boxes[..., 2:] - boxes[..., :2]).prod(-1), (others[..., 2:] - others[..., :2]).prod(-1)
-    union = area + other_area - intersection
-    hull = (hull_high - hull_low).prod(-1)
+    (low, high), (other_low, other_high) = boxes.split(2, dim=-1), others.split(2, dim=-1)
+    inner = torch.minimum(high, other_high) - torch.maximum(low, other_low)
+    outer = torch.maximum(high, other_high) - torch.minimum(low, other_low)
+    intersection = inner.clamp(min=0).prod(-1)
+    union = (high - low).prod(-1) + (other_high - other_low).prod(-1) - intersection
+    hull = outer.prod(-1)
     tiny = torch.finfo(boxes.dtype).tiny
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-# -------------------------------------------------------------------------------------------------- pairwise terms, 2.7
-
-
 def pairwise_mask_terms(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy and soft Dice loss of every query's mask against every class's mask.
+    """Compare every query's mask with every class's mask, by binary cross-entropy and by soft Dice loss.
 
-    Both are matrix products over pixels: BCE = mean softplus(x) - mean x t, and Dice as MaskFormer has it, with a
-    smoothing of 1 in both parts of the fraction.
+    Ours: all pixels count; the release samples points. For logit x, truth t: BCE = mean(softplus(x) - x t).
+    Release: Dice is MaskFormer's, with 1 added to both parts of the fraction.
 
     Args:
-        logits: (S, N, H', W'); resampled to (H, W) where it differs.
+        logits: (S, N, H', W'), resampled to (H, W) if the sizes differ.
         masks: (S, K, H, W) bool.
     Returns:
-        bce, dice: (S, N, K) each, bce in nats per pixel, dice in [0, 1].
+        bce (S, N, K) in nats per pixel, dice (S, N, K) in [0, 1].
     """
     if logits.shape[-2:] != masks.shape[-2:]:
         logits = F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
-    logits, truth = logits.flatten(2), masks.flatten(2).to(logits.dtype)
-    bce = F.softplus(logits).mean(-1)[..., None] - logits @ truth.mT / logits.shape[-1]
+    logits, truth = logits.flatten(2), masks.flatten(2).to(logits.dtype)  # (S, N, H*W), (S, K, H*W)
+    bce = F.softplus(logits).mean(-1)[..., None] - logits @ truth.mT / logits.shape[-1]  # (S, N, K)
     probability = logits.sigmoid()
-    overlap = probability @ truth.mT
-    sizes = probability.sum(-1)[..., None] + truth.sum(-1)[:, None]
+    overlap = probability @ truth.mT  # (S, N, K)
+    sizes = probability.sum(-1)[..., None] + truth.sum(-1)[:, None]  # (S, N, K)
     return bce, 1 - (2 * overlap + 1) / (sizes + 1)
 
 
 def pairwise_terms(outputs: dict[str, Tensor], segments: Segments) -> dict[str, Tensor]:
-    """Every term of cost and loss for every (slice, query, class), in float32 and differentiable.
+    """Compute every term of cost and loss for every slice, query and class, in float32 and with gradients.
 
     Args:
-        outputs: of `MaskSAM`: class_logits (S, N, K + 1), mask_logits (S, N, H', W') and, as far as the variant makes
+        outputs: of `MaskSAM`: class_logits (S, N, K+1), mask_logits (S, N, H', W') and, if the variant makes
             them, aux_mask_logits (S, N, H'', W'') and aux_boxes (S, N, 4).
         segments: the truth of the same S slices.
     Returns:
         (S, N, K) for each name of `TERM_WEIGHTS` that the outputs allow.
     """
-    # Ours: -log p as the class cost, as in the loss. DETR takes -p; then cost and loss would be two functions.
+    # -log p. Ours: the cost is the loss itself; DETR and the release take -p as the cost.
     terms = {"class": -outputs["class_logits"].float().log_softmax(-1)[..., :-1]}
-    for prefix, key in (("mask", "mask_logits"), ("aux_mask", "aux_mask_logits")):
+    for prefix, key in (("mask", "mask_logits"), ("aux_mask", "aux_mask_logits")):  # L_mask^final, L_mask^aux
         if key in outputs:
-            terms[f"{prefix}_bce"], terms[f"{prefix}_dice"] = pairwise_mask_terms(outputs[key].float(), segments.masks)
-    if "aux_boxes" in outputs:
-        boxes, truth = outputs["aux_boxes"].float()[:, :, None], segments.boxes[:, None]
+            bce, dice = pairwise_mask_terms(outputs[key].float(), segments.masks)
+            terms |= {f"{prefix}_bce": bce, f"{prefix}_dice": dice}
+    if "aux_boxes" in outputs:  # L_box. Ours: of the learned box; the release takes the mean box of fig. 5d
+        boxes = outputs["aux_boxes"].float()[:, :, None]  # (S, N, 1, 4)
+        truth = segments.boxes[:, None]  # (S, 1, K, 4)
         terms["box_l1"] = (boxes - truth).abs().sum(-1)
         terms["box_giou"] = 1 - generalized_iou(boxes, truth)
     return terms
 
 
-# -------------------------------------------------------------------------------------------------------- matching, 2.7
-
-
 class HungarianMatcher:
-    """Assigns each true segment of a slice to one query, at the lowest sum of auxiliary and final costs.
+    """Assign each true segment of a slice to one query, at the lowest sum of auxiliary and final costs.
 
     Args:
-        weights: term name -> weight, as `TERM_WEIGHTS`.
+        weights: term name -> weight, as in `TERM_WEIGHTS`.
     """
 
     def __init__(self, weights: dict[str, float]):
@@ -150,26 +142,28 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, terms: dict[str, Tensor], present: Tensor) -> Tensor:
-        """Solve every slice.
+        """Find the assignment sigma of each slice.
 
         Args:
             terms: name -> (S, N, K) costs.
-            present: (S, K) bool; absent classes take no query.
+            present: (S, K) bool. An absent class gets no query.
         Returns:
-            (S, N, K) bool, at most one True per row and exactly one per present class.
+            (S, N, K) bool with at most one True per query and exactly one per present class.
         Raises:
             ValueError: a slice has more segments than there are queries, or a cost is not finite.
         """
-        cost = sum(self.weights[name] * term for name, term in terms.items())
-        # The classes' presence travels as one more row, so that a step copies from the device once.
-        table = torch.cat([cost, present[:, None].to(cost)], dim=1).cpu()
+        cost = sum(self.weights[name] * term for name, term in terms.items())  # (S, N, K)
+        # `present` travels as one more row, so that each step copies from the device only once.
+        table = torch.cat([cost, present[:, None].to(cost)], dim=1).cpu()  # (S, N + 1, K)
         cost, on_host = table[:, :-1], table[:, -1].bool()
         num_queries = cost.shape[1]
         if (most := int(on_host.sum(-1).max())) > num_queries:
-            raise ValueError(f"a slice has {most} segments but the model has {num_queries} queries: raise --queries")
+            raise ValueError(
+                f"a slice has {most} segments but the model has {num_queries} queries: raise --queries"
+            )
         if not cost.isfinite().all():
-            names = [name for name, term in terms.items() if not term.isfinite().all()]
-            raise ValueError(f"matching cost is not finite in: {', '.join(names)}. Lower the rate or use --amp bf16")
+            names = ", ".join(name for name, term in terms.items() if not term.isfinite().all())
+            raise ValueError(f"the matching cost is not finite in {names}: lower --lr or use --amp bf16")
         assigned = torch.zeros(cost.shape, dtype=torch.bool)
         for slice_index, classes in enumerate(on_host):
             (ids,) = classes.nonzero(as_tuple=True)
@@ -179,39 +173,40 @@ class HungarianMatcher:
 
 
 class SetCriterion(nn.Module):
-    """The set loss L_mask-box-cls: class of every query, masks and box of every matched one.
+    """The set loss L_mask-box-cls: the class of every query, the masks and the box of every matched query.
 
     Args:
-        weights: term name -> weight; the matcher reads the same table.
-        no_object_weight: of the class term of unmatched queries.
+        weights: changes to `TERM_WEIGHTS`, by term name. Cost and loss share them.
+        no_object_weight: weight of the class term of unmatched queries, relative to that of matched ones.
     """
 
     def __init__(self, weights: dict[str, float] | None = None, no_object_weight: float = NO_OBJECT_WEIGHT):
         super().__init__()
-        self.matcher = HungarianMatcher({**TERM_WEIGHTS, **(weights or {})})
+        self.matcher = HungarianMatcher(TERM_WEIGHTS | (weights or {}))
         self.no_object_weight = no_object_weight
 
     def forward(self, outputs: dict[str, Tensor], segments: Segments) -> tuple[Tensor, dict[str, Tensor]]:
         """Match, then read the same terms at the assignment.
 
-        The sums are divided by the segments' mean number per rank: averaged over ranks, as DDP averages gradients,
-        the loss is the sum over all slices divided by the number of all segments.
-
         Args:
-            outputs, segments: as for `pairwise_terms`.
+            outputs: as for `pairwise_terms`; with given boxes also asked, (S, K) bool: segments that count.
+            segments: the truth of the same S slices.
         Returns:
-            The weighted loss, a scalar with gradient, and each unweighted term with "no_object", detached.
+            The weighted loss, a scalar with gradient, and the unweighted terms with "no_object", detached.
         """
+        present = segments.present & outputs["asked"] if "asked" in outputs else segments.present
         terms = pairwise_terms(outputs, segments)
-        assigned = self.matcher(terms, segments.present)
-        count, ranks = segments.present.sum().float(), 1
+        assigned = self.matcher(terms, present)  # (S, N, K) bool, sigma
+        # Divide by (all segments / ranks): DDP's mean over ranks is then the sum over slices / all segments.
+        # Ours: the class term too is divided by that; the release divides it by the sum of its class weights.
+        count, ranks = present.sum().float(), 1
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             ranks = dist.get_world_size()
         count = count.clamp(min=1.0) / ranks
 
         losses = {name: torch.where(assigned, term, 0.0).sum() / count for name, term in terms.items()}
-        nothing = -outputs["class_logits"].float().log_softmax(-1)[..., -1]
+        nothing = -outputs["class_logits"].float().log_softmax(-1)[..., -1]  # (S, N), -log p("no object")
         losses["no_object"] = torch.where(assigned.any(-1), 0.0, nothing).sum() / count
         weights = self.matcher.weights | {"no_object": self.matcher.weights["class"] * self.no_object_weight}
         loss = sum(weights[name] * value for name, value in losses.items())

@@ -1,20 +1,21 @@
-"""The prompt generator: encoder features -> auxiliary masks, boxes and class tokens (paper 2.3, fig. 3b).
+"""The prompt generator turns encoder features into masks, boxes and class tokens (paper 2.3, fig. 3b).
 
-    neck      ── conv ─────────────────────────────────┐ token grid
-    tap 11    ── 1x1 ──────────── concat, conv ────────┤
-    tap 8     ── 1x1 ──────────── concat, conv ────────┤      each level: the deeper one convolved and upsampled,
-    tap 5     ── 1x1, upsample ── concat, conv ────────┤      concatenated with the next lower tap, convolved
-    tap 2     ── 1x1, upsample ── concat, conv ────────┤ patch size
-                                     │                 │
-                     conv to N: auxiliary masks        every level pooled to (2, 2) -> MLP -> N boxes
-                                                       every level pooled to (1, 1) -> MLP -> N class tokens
+    neck   ── conv ───────────────────────────────┐  token grid (h, w)
+    tap 4  ── 1x1 ──────────── concat, conv ──────┤
+    tap 3  ── 1x1 ──────────── concat, conv ──────┤  Each level convolves and upsamples the map above it,
+    tap 2  ── 1x1, upsample ── concat, conv ──────┤  concatenates the next lower tap, and convolves again.
+    tap 1  ── 1x1, upsample ── concat, conv ──────┤  patch (H, W)
+                                  │               │
+                     conv to N auxiliary masks    all levels pooled to (2, 2) -> MLP -> N boxes
+                                                  all levels pooled to (1, 1) -> MLP -> N class tokens
 
-SAM's prompt encoder then gets one box and one mask per query, in one of the four forms of fig. 5.
-
-Letters: S slices, N queries, H W pixels of a patch, h w token grid, C channels of a tap.
+SAM's prompt encoder gets one box and one mask per query, in one of the four forms of fig. 5. `GivenBoxes`
+are the boxes of a label map; they replace generated ones ("MaskSAM (Ours) bbox" in table 2). Usage: `aux = generator(neck, taps)`, and then
+`boxes, masks = generator.prompts(aux, mask_size=(4 * h, 4 * w))`.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +23,63 @@ from torch import Tensor, nn
 
 from matcher import masks_to_boxes
 
-# Fig. 5: the masks' own boxes; learned boxes alone; both; masks with the mean of their boxes and the learned ones.
-PROMPT_FORMS = {"a": "mask", "b": "box", "c": "mask and box", "d": "mask and mean box"}
+IMPOSSIBLE = -1e4  # Ours: the logit that rules a class out; costs stay finite, and float16 can hold it
+
+
+class GivenBoxes(NamedTuple):
+    """Boxes that replace generated ones: query i gets the box of class i + 1 (tables 2 and 3, prompts "GT").
+
+    Ours: the label comes with the box, as in those tables. A query with a box has its box's class or is
+    "no object", one without is background or "no object". A slice shows no class that has no box in it.
+    """
+
+    boxes: Tensor  # (S, N, 4) x0, y0, x1, y1 in [0, 1], zeros where no box is given
+    allowed: Tensor  # (S, N, K+1) bool, the classes that each query may have
+    asked: Tensor  # (S, K) bool, the segments that the loss asks for: background and classes with a box
+
+    @classmethod
+    def from_label_map(cls, labels: Tensor, num_classes: int, num_queries: int) -> "GivenBoxes":
+        """Read the box of each class in each slice from the truth or from another program's label map.
+
+        Args:
+            labels: (S, H, W) class ids.
+            num_classes: K, with background.
+            num_queries: N, at least K.
+        """
+        ids = torch.arange(num_classes + 1, device=labels.device)  # background first, "no object" last
+        boxes = masks_to_boxes(labels[:, None] == ids[1:-1, None, None])  # (S, K-1, 4)
+        has_box, spare = boxes.any(-1), num_queries - num_classes + 1  # (S, K-1), queries without a class
+        own_class = F.pad(has_box * ids[1:-1], (0, spare))[..., None]  # (S, N, 1), background without a box
+        allowed = (ids == own_class) | (ids == num_classes)  # (S, N, K+1)
+        return cls(F.pad(boxes, (0, 0, 0, spare)), allowed, asked=F.pad(has_box, (1, 0), value=True))
+
+    def restrict(self, class_logits: Tensor) -> Tensor:
+        """Rule out the classes that a query may not have. (S, N, K+1) logits -> same."""
+        return class_logits.masked_fill(~self.allowed, IMPOSSIBLE)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resampling of (S, C, h, w) to `size`; nothing where that is the size already."""
+    """Resample (S, C, h, w) bilinearly to `size`; return it unchanged if it has this size already."""
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-class Level(nn.Module):
-    """One step down the pyramid: convolve and upsample what is above, concatenate the tap, convolve.
+def convolution(in_dim: int, out_dim: int) -> nn.Sequential:
+    """Build a 3 x 3 convolution, GroupNorm of 8 groups and GELU. Ours: all three."""
+    conv = nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.GroupNorm(8, out_dim), nn.GELU())
 
-    Ours: both 1 x 1 convolutions come before the upsampling, where there are fewest pixels; the release, which
-    convolves at full width and size, spends 37 % of its arithmetic in the generator. 3-D convolutions gained
-    nothing (hippocampus, `tiny`, 1,000 steps, one seed: validation Dice 0.753, not 0.756).
+
+class Level(nn.Module):
+    """One step down the pyramid: convolve and upsample the map above, concatenate the tap, convolve.
+
+    Ours: both 1 x 1 convolutions come before the upsampling, where there are fewest pixels, and all are 2-D.
+    The release convolves in 3-D, at full width and size.
 
     Args:
-        above_dim, tap_dim: input channels. dim: channels of the level. size: (rows, columns) of its feature map.
+        above_dim: channels of the map above.
+        tap_dim: channels of the tap.
+        dim: channels of this level.
+        size: (rows, columns) of this level's map.
     """
 
     def __init__(self, above_dim: int, tap_dim: int, dim: int, size: tuple[int, int]):
@@ -50,35 +90,41 @@ class Level(nn.Module):
         self.merge = convolution(2 * dim, dim)
 
     def forward(self, above: Tensor, tap: Tensor) -> Tensor:
-        """(S, above_dim, any, any), (S, tap_dim, h, w) -> (S, dim, *size)."""
-        return self.merge(torch.cat([resize(self.above(above), self.size), resize(self.tap(tap), self.size)], dim=1))
+        """(S, above_dim, any, any) and (S, tap_dim, any, any) -> (S, dim, *size)."""
+        above, tap = resize(self.above(above), self.size), resize(self.tap(tap), self.size)
+        return self.merge(torch.cat([above, tap], dim=1))
 
 
-def convolution(in_dim: int, out_dim: int) -> nn.Sequential:
-    """3 x 3 convolution, GroupNorm, GELU."""
-    return nn.Sequential(nn.Conv2d(in_dim, out_dim, 3, padding=1, bias=False), nn.GroupNorm(8, out_dim), nn.GELU())
+def level_sizes(grid: tuple[int, int], patch: tuple[int, int], levels: int, scales=None) -> list[tuple]:
+    """Return (rows, columns) of each level's map, from the neck to the lowest tap.
 
+    Ours: all taps of a ViT have the size of the token grid, and the last levels, the thinnest, double it up
+    to the patch. Taps that are a pyramid bring their own scales.
 
-def level_sizes(grid: tuple[int, int], patch: tuple[int, int], levels: int, scales=None) -> list[tuple[int, int]]:
-    """Feature map sizes from the neck to the lowest tap: the token grid, doubled in the last levels up to the patch.
-
-    All taps of a ViT have the size of the token grid, so the doublings are left to the last, thinnest levels. Taps that
-    are a pyramid bring their own scales over the token grid.
+    Args:
+        grid: (h, w) of the tokens.
+        patch: (H, W), the largest size.
+        levels: the number of levels.
+        scales: the size of each level over the token grid, or None for a ViT.
     """
     if scales is None:
         doublings = math.ceil(math.log2(max(patch[0] / grid[0], patch[1] / grid[1], 1)))
         scales = [2 ** max(0, min(doublings, levels - 1) - (levels - 1 - level)) for level in range(levels)]
-    return [tuple(min(side * scale, end) if scale > 1 else side for side, end in zip(grid, patch)) for scale in scales]
+    return [tuple(min(n * scale, end) if scale > 1 else n for n, end in zip(grid, patch)) for scale in scales]
 
 
 class PromptGenerator(nn.Module):
-    """Makes N prompts per slice from the image encoder's features (paper 2.3).
+    """Make N prompts per slice from the image encoder's features (paper 2.3, fig. 3b).
 
     Args:
-        neck_dim: channels of the encoder's output. tap_dims: channels of the taps, first block first.
-        grid: (h, w) of tokens. patch_size: (H, W) of the auxiliary masks. num_queries: N.
-        form: key of `PROMPT_FORMS`. mask_prompt: what SAM gets as mask prompt, "logits" or "binary".
-        scales: of the levels over the token grid, neck first, where the taps are a pyramid; see `level_sizes`.
+        neck_dim: channels of the encoder's output.
+        tap_dims: channels of the taps, first block first.
+        grid: (h, w) of the tokens.
+        patch_size: (H, W) of the auxiliary masks.
+        num_queries: N.
+        form: the letter of fig. 5, "a" to "d"; see `prompts`.
+        mask_prompt: whether SAM gets the masks as "logits" or "binary".
+        scales: as in `level_sizes`.
     """
 
     def __init__(
@@ -95,100 +141,80 @@ class PromptGenerator(nn.Module):
         super().__init__()
         self.patch_size, self.num_queries = patch_size, num_queries
         self.form, self.mask_prompt = form, mask_prompt
-        # Ours: full width on the token grid, where a convolution is cheap; half and a quarter below.
+        # Ours: full width on the token grid, where a convolution is cheap, then half of it and a quarter.
         dims = [neck_dim] * (len(tap_dims) - 1) + [neck_dim // 2, neck_dim // 4]
         sizes = level_sizes(grid, patch_size, len(dims), scales)
         self.neck = convolution(neck_dim, neck_dim)
         self.levels = nn.ModuleList(map(Level, dims, reversed(tap_dims), dims[1:], sizes[1:]))
-        self.class_head = self._head(sum(dims), neck_dim, num_queries * neck_dim)
+        self.class_head = self._mlp(sum(dims), neck_dim, num_queries * neck_dim)
         if form != "b":
             self.mask_head = nn.Conv2d(dims[-1], num_queries, kernel_size=1)
         if form != "a":
-            self.box_head = self._head(4 * sum(dims), neck_dim, num_queries * 4)
-            with torch.no_grad():  # Ours: boxes start around the centre, from a quarter to three quarters of the image
-                self.box_head[-1].bias.copy_(torch.tensor([1 / 4, 1 / 4, 2 / 3, 2 / 3]).logit().repeat(num_queries))
+            # Ours: the MLP reads all four pooled cells together; in the release each cell gives one number.
+            self.box_head = self._mlp(4 * sum(dims), neck_dim, num_queries * 4)
+            start = torch.tensor([1 / 4, 1 / 4, 2 / 3, 2 / 3]).logit()  # Ours: around (1/4, 1/4, 3/4, 3/4)
+            self.box_head[-1].bias.data.copy_(start.repeat(num_queries))
 
     @staticmethod
-    def _head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
 
     def forward(self, neck: Tensor, taps: list[Tensor]) -> dict[str, Tensor]:
         """Generate the auxiliary predictions.
 
         Args:
-            neck: (S, neck_dim, h, w). taps: (S, tap_dim, any, any) each, first block first.
+            neck: (S, neck_dim, h, w), the encoder's output.
+            taps: (S, tap_dim, any, any) each, first block first.
         Returns:
-            class_tokens (S, N, neck_dim) and, as the form has them, aux_mask_logits (S, N, H, W) and
-            aux_boxes (S, N, 4), x0, y0, x1, y1 in [0, 1] with x0 <= x1 and y0 <= y1.
+            class_tokens (S, N, neck_dim); aux_mask_logits (S, N, H, W), the paper's m^aux, but not in form b;
+            aux_boxes (S, N, 4) x0 <= x1, y0 <= y1 in [0, 1], the paper's b^aux, but not in form a.
         """
-        features = [self.neck(neck)]
+        features = [self.neck(neck)]  # (S, neck_dim, h, w)
         for level, tap in zip(self.levels, reversed(taps)):
-            features.append(level(features[-1], tap))
+            features.append(level(features[-1], tap))  # (S, dim, *size), at last of the patch's size
 
-        def pooled(side: int) -> Tensor:
+        def pooled(side: int) -> Tensor:  # (S, side * side * sum(dims)), the averages of all levels
             return torch.cat([F.adaptive_avg_pool2d(feature, side).flatten(1) for feature in features], dim=1)
 
         out = {"class_tokens": self.class_head(pooled(1)).unflatten(1, (self.num_queries, -1))}
         if self.form != "b":
             out["aux_mask_logits"] = resize(self.mask_head(features[-1]), self.patch_size)
         if self.form != "a":
-            corner, fraction = self.box_head(pooled(2)).float().unflatten(1, (-1, 4)).sigmoid().split(2, dim=-1)
-            out["aux_boxes"] = torch.cat([corner, corner + (1 - corner) * fraction], dim=-1)
+            fractions = self.box_head(pooled(2)).float().unflatten(1, (-1, 4)).sigmoid()  # (S, N, 4)
+            corner, extent = fractions.split(2, dim=-1)
+            # Release: the far corner is a fraction of what is left, so that x0 <= x1 and y0 <= y1.
+            out["aux_boxes"] = torch.cat([corner, corner + (1 - corner) * extent], dim=-1)
         return out
 
     def prompts(
-        self, aux: dict[str, Tensor], mask_size: tuple[int, int], given: Tensor | None = None
+        self, aux: dict[str, Tensor], mask_size: tuple[int, int], given: GivenBoxes | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Turn the auxiliary predictions into SAM's prompts (fig. 5 a-d).
+        """Turn the auxiliary predictions into SAM's prompts (fig. 5).
 
-        Ours: the mask prompt is the mask's logits, which SAM's own mask input is too, so that the final loss reaches
-        the mask head; `mask_prompt="binary"` is the paper's wording. Validation Dice does not tell them apart: on the
-        hippocampus, one seed each, binary ones gave 0.748 and logits 0.756 with `tiny`, 0.718 and 0.701 with MobileSAM;
-        seeds differ by 0.04. Ours: where a mask is empty its box is left out: the learned box alone (d), the whole
-        slice (a).
+        Ours: the mask prompt is the mask's logits, like SAM's own mask input, and the final loss reaches the
+        mask head. The paper says binary masks; docs/results.md compares the two.
 
         Args:
-            aux: of `forward`. mask_size: (rows, columns) of SAM's mask input, four times the token grid.
-            given: (S, N, 4) boxes to take instead, of the queries where they are not all zeros.
+            aux: the output of `forward`.
+            mask_size: (rows, columns) of SAM's mask input, four times the token grid.
+            given: boxes that replace the generated ones.
         Returns:
             boxes (S, N, 4) in [0, 1]; masks (S, N, *mask_size), or None in form b.
         """
-        boxes, masks = self._generated_prompts(aux, mask_size)
+        boxes, masks = self._boxes(aux), None
+        if self.form != "b":
+            masks = resize(aux["aux_mask_logits"].float(), mask_size)
+            masks = (masks > 0).to(masks.dtype) if self.mask_prompt == "binary" else masks
         if given is not None:
-            boxes = torch.where(given.any(-1, keepdim=True), given, boxes)
+            boxes = torch.where(given.boxes.any(-1, keepdim=True), given.boxes, boxes)
         return boxes, masks
 
-    def _generated_prompts(self, aux, mask_size) -> tuple[Tensor, Tensor | None]:
-        if self.form == "b":
-            return aux["aux_boxes"], None
-        logits = aux["aux_mask_logits"].float()
-        masks = resize(logits, mask_size)
-        if self.mask_prompt == "binary":
-            masks = (masks > 0).to(logits.dtype)
-        if self.form == "c":
-            return aux["aux_boxes"], masks
-        mask_boxes = masks_to_boxes(logits > 0)
-        empty = (mask_boxes == 0).all(-1, keepdim=True)
-        if self.form == "a":
-            return torch.where(empty, mask_boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), mask_boxes), masks
-        return torch.where(empty, aux["aux_boxes"], (mask_boxes + aux["aux_boxes"]) / 2), masks
-
-
-def boxes_of_classes(labels: Tensor, num_classes: int, num_queries: int) -> tuple[Tensor, Tensor]:
-    """Given boxes instead of generated ones: query i gets the box of class i + 1 (the "bbox" rows of tables 2 and 3).
-
-    Ours: the label comes with the box, as the tables have it: a query with a box has the class of its box or is no
-    object, the others are background or no object. So a class without a box in a slice is not drawn there.
-
-    Args:
-        labels: (S, H, W) int, the segments whose boxes are given, of the truth or of another program. num_classes: K.
-        num_queries: N, at least K.
-    Returns:
-        boxes (S, N, 4), zeros where none is given; allowed (S, N, K + 1) bool, what each query may be.
-    """
-    class_ids = torch.arange(1, num_classes, device=labels.device)
-    boxes = F.pad(masks_to_boxes(labels[:, None] == class_ids[:, None, None]), (0, 0, 0, num_queries - len(class_ids)))
-    query = torch.arange(num_queries, device=labels.device)[:, None]
-    own_class = torch.where(boxes.any(-1, keepdim=True), query + 1, 0)  # (S, N, 1), background without a box
-    ids = torch.arange(num_classes + 1, device=labels.device)
-    return boxes, (ids == own_class) | (ids == num_classes)
+    def _boxes(self, aux: dict[str, Tensor]) -> Tensor:
+        if self.form in "bc":  # fig. 5b, 5c: the learned boxes
+            return aux["aux_boxes"]
+        boxes = masks_to_boxes(aux["aux_mask_logits"] > 0)  # (S, N, 4), zeros where a mask is empty
+        empty = (boxes == 0).all(-1, keepdim=True)
+        if self.form == "a":  # fig. 5a: the masks' boxes. Ours: the whole slice where a mask is empty
+            return torch.cat([boxes[..., :2], boxes[..., 2:].masked_fill(empty, 1.0)], dim=-1)
+        # fig. 5d: the mean of both boxes. Ours: the learned box alone where a mask is empty
+        return torch.where(empty, aux["aux_boxes"], (boxes + aux["aux_boxes"]) / 2)
