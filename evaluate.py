@@ -1,23 +1,20 @@
-"""Predict whole cases with one or several checkpoints, and score label maps of any origin (paper 3, tables 1-3).
-
-    python evaluate.py --ckpt runs/acdc-vit_b/best.pt                  validation cases: NIfTI, metrics.json and .csv
-    python evaluate.py --ckpt FILE --split test                        another split of the training data
-    python evaluate.py --ckpt A B C --split test                       the mean of several checkpoints
-    python evaluate.py --ckpt FILE --input DIR --output DIR            unlabelled files; no label is ever opened
-    python evaluate.py --ckpt FILE --split testing --submission        hidden labels: files and a zip for the challenge
-    python evaluate.py --predictions DIR --data acdc --split test      score another program's files by the same rules
-    python evaluate.py --ckpt FILE --prompts gt|DIR                    of a model trained with given boxes
-    python evaluate.py --baseline sam --prompts gt --data acdc         plain SAM, MedSAM, ... with boxes from the truth
-    python evaluate.py --compare runs/*                                one table of training runs, from their logs
+"""Predict whole cases with one checkpoint or several, and score label maps of any origin (paper 3, tables 1-3).
 
     case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> slabs (K, d, H, W) ── resample_scores ──> label map
 
-The model is rebuilt from the checkpoint alone, and SAM's own file where SAM is frozen. Predictions go to
-predictions-<split> beside the checkpoint unless `--output` says otherwise; what is there already, made by the same
-checkpoint, options and images, is not made again.
+    python evaluate.py --ckpt runs/acdc-vit_b/best.pt               the validation cases: NIfTI files and scores
+    python evaluate.py --ckpt FILE --split test                     the test cases; several FILEs are averaged
+    python evaluate.py --ckpt FILE --input DIR --output DIR         images without labels
+    python evaluate.py --ckpt FILE --split testing --submission     hidden labels: label maps and a zip to submit
+    python evaluate.py --predictions DIR --data acdc --split test   score the label maps of another program
 
-Letters: C channels, D H W a whole volume, d h w a patch, K classes with background.
+A checkpoint is enough to rebuild its model, with SAM's own file if SAM is frozen. Predictions go to
+predictions-<split> beside the checkpoint. Those that are there from the same checkpoint, images and options stay.
 """
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 import argparse
 import dataclasses
@@ -37,27 +34,24 @@ from tqdm import tqdm
 
 import data
 from model import MaskSAM, load_checkpoint
-from support import layouts, metrics, nifti
-from support.files import AMP_TYPES, default_amp, default_device, default_workers, write_whole
+from support import files, layouts, metrics, nifti
 from support.presets import PRESETS
-from tools import baselines, compare
 
-# ------------------------------------------------------------------------------------------------------- sliding window
+# -------------------------------------------------------------------------------------------- sliding windows
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
-    """First voxels of the windows along one axis: evenly spread, the first and the last flush with the ends."""
+    """Return the first voxels of windows along one axis, evenly spread from one end to the other."""
     steps = -(-(length - window) // max(1, int(window * (1 - overlap))))  # rounded up
     return [round(i * (length - window) / max(steps, 1)) for i in range(steps + 1)]
 
 
-def window_weights(size: Sequence[int], kind: str = "gaussian") -> Tensor:
-    """Weights of a window's voxels: "constant", or a "gaussian" of sigma 1/8 of the window, at most 1 (nnU-Net's).
+def window_weights(size: Sequence[int]) -> Tensor:
+    """Return the Gaussian weights of a window's voxels, at most 1.
 
-    Ours: at least 1e-3, so that the far corners of a volume, which only one window sees, keep their digits.
+    Release: sigma is 1/8 of the window (nnU-Net's). Ours: at least 1e-3, because only one window sees the far
+    corners of a volume, and tiny weights would lose digits there.
     """
-    if kind == "constant":
-        return torch.ones(tuple(size))
     weights = torch.ones(())
     for n in size:
         distance = torch.arange(n) - (n - 1) / 2
@@ -65,35 +59,53 @@ def window_weights(size: Sequence[int], kind: str = "gaussian") -> Tensor:
     return (weights / weights.max()).clamp(min=1e-3)
 
 
-def sliding_window_inference(
-    predict: Callable[[Tensor], Tensor], volume: Tensor, patch_size: Sequence[int], overlap: float = 0.5,
-    batch_size: int = 1, weights: str = "gaussian", device: str | torch.device = "cpu", desc: str | None = None,
-) -> Iterator[Tensor]:  # fmt: skip
-    """Average the semantic maps of overlapping windows, and give away slices as soon as no window will add to them.
+def pad_to_window(volume: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Pad a volume (C, D, H, W) with each channel's minimum to a window's size or more.
 
-    Args:
-        predict: (B, C, d, h, w) on `device` -> (B, K, d, h, w). volume: (C, D, H, W) of any size; where it is smaller
-            than a window it is padded with each channel's minimum. patch_size: (d, h, w).
-        overlap: share of a window that the next one covers again, in [0, 1). batch_size: windows in one call.
-        weights: of `window_weights`. desc: of a progress bar; None shows none.
-    Yields:
-        (K, n, H, W) float32 on the CPU: slabs in order, together D slices; no more than a window's depth and a batch
-        are held.
+    Returns:
+        The volume, and the number of voxels added before the first one along (D, H, W).
     """
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap is {overlap}, expected a share from 0 up to but not including 1")
-    depth, *plane = volume.shape[1:]
-    spare = [max(p - n, 0) for p, n in zip(patch_size, volume.shape[1:])]
+    spare = [max(p - n, 0) for p, n in zip(size, volume.shape[1:])]
     before = [s // 2 for s in spare]
     if any(spare):
         sides = [side for s, b in zip(reversed(spare), reversed(before)) for side in (b, s - b)]
         floor = volume.amin((1, 2, 3), keepdim=True)
         volume = F.pad(volume - floor, sides) + floor
+    return volume, before
+
+
+def sliding_window_inference(
+    predict: Callable[[Tensor], Tensor],
+    volume: Tensor,
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    device: str | torch.device = "cpu",
+    desc: str | None = None,
+) -> Iterator[Tensor]:
+    """Average the semantic maps of overlapping windows, and yield slices as soon as they are complete.
+
+    Args:
+        predict: (B, C, d, h, w) on the device -> (B, K, d, h, w).
+        volume: (C, D, H, W), of any size.
+        patch_size: (d, h, w), the size of a window.
+        overlap: share of a window that the next window covers too, in [0, 1). Release: 0.5.
+        batch_size: number of windows per call.
+        device: where `predict` computes.
+        desc: title of the progress bar; None shows none.
+    Yields:
+        (K, n, H, W) float32 on the CPU: slabs in order, D slices together. Only the slices of one window's depth
+        and one batch are held.
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"--overlap: found {overlap}, expected a share from 0 to below 1")
+    depth, *plane = volume.shape[1:]
+    volume, before = pad_to_window(volume, patch_size)
     inside = tuple(slice(b, b + n) for b, n in zip(before[1:], plane))
-    shape, weight = volume.shape[1:], window_weights(patch_size, weights)
+    shape, weight = volume.shape[1:], window_weights(patch_size)
     starts = [window_starts(n, p, overlap) for n, p in zip(shape, patch_size)]
-    corners = list(itertools.product(*starts))  # depth changes last: all windows of some slices follow each other
-    total, weight_sum, done = None, torch.zeros(0, *shape[1:]), 0  # sums from slice `done` on
+    corners = list(itertools.product(*starts))  # The depth changes last, so slices are completed in order.
+    total, weight_sum, done = None, torch.zeros(0, *shape[1:]), 0  # sums over windows, from slice `done` on
     for first in tqdm(range(0, len(corners), batch_size), desc, leave=False, disable=desc is None):
         batch = corners[first : first + batch_size]
         windows = [tuple(slice(s, s + p) for s, p in zip(corner, patch_size)) for corner in batch]
@@ -107,33 +119,40 @@ def sliding_window_inference(
             total[:, *place] += semantic * weight
             weight_sum[place] += weight
         final = corners[first + batch_size][0] if first + batch_size < len(corners) else shape[0]
-        if final > done:
+        if final > done:  # No later window reaches the slices before `final`.
             mean = total[:, : final - done] / weight_sum[: final - done]
-            total, weight_sum = total[:, final - done :], weight_sum[final - done :]
-            low = before[0] if spare[0] else 0  # then one window is the whole depth
+            total, weight_sum, done = total[:, final - done :], weight_sum[final - done :], final
+            low = before[0] if depth < patch_size[0] else 0  # A padded depth is one window.
             yield mean[:, low : low + depth, *inside]
-            done = final
 
 
-# ----------------------------------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------------------- one case
 
 
 def predict_scores(
-    model: MaskSAM, prepared: data.Prepared, device: str | torch.device = "cpu", amp: str = "off",
-    mirror_axes: Sequence[int] = (), **windows,
-) -> Iterator[Tensor]:  # fmt: skip
-    """The semantic map of a prepared case on the grid of its own file, some slices (K, n, H, W) at a time.
+    model: MaskSAM,
+    prepared: data.Prepared,
+    device: str | torch.device = "cpu",
+    amp: str = "off",
+    mirror_axes: Sequence[int] = (),
+    **windows,
+) -> Iterator[Tensor]:
+    """Yield the semantic map of a case on the grid of its file, in slabs (K, n, H, W) of slices.
 
     Args:
-        model: in evaluation mode, on `device`. prepared: of `prepare_case` or `load_cached`. amp: key of `AMP_TYPES`.
-        mirror_axes: of (D, H, W); the semantic maps of all combinations of flips along them are averaged. Those of a
-            plan keep the labels right. windows: of `sliding_window_inference`.
+        model: in evaluation mode, on the device.
+        prepared: the case, as `data.prepare_case` or `data.load_cached` returns it.
+        device: where the model is.
+        amp: key of `files.AMP_TYPES`.
+        mirror_axes: axes of (D, H, W); the maps of all flips along them are averaged. Ours (nnU-Net does it too):
+            those of the plan, along which flipped patches keep their labels.
+        windows: options of `sliding_window_inference`.
     """
     axes = [axis - 3 for axis in mirror_axes]
     flips = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
 
     def predict(volumes: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off"):
+        with torch.no_grad(), files.autocast(device, amp):
             return sum(model.predict(volumes.flip(flip)).flip(flip) for flip in flips) / len(flips)
 
     volume = prepared.network_input()
@@ -144,11 +163,12 @@ def predict_scores(
 def predict_case(
     models: Sequence[MaskSAM], prepared: Sequence[data.Prepared], largest: Sequence[int] = (), **options
 ) -> np.ndarray:
-    """The label map (D, H, W) uint8 of a case on the grid of its own file.
+    """Return the label map of a case, (D, H, W) uint8, on the grid of its file.
 
     Args:
-        models: whose semantic maps are averaged, on the file's grid: they may differ in patch and spacing.
-        prepared: the case, as the plan of each model prepares it. largest: ids for `keep_largest_component`.
+        models: the semantic maps of all of them are averaged, on the grid of the file.
+        prepared: the case, prepared by the plan of each model.
+        largest: class ids for `keep_largest_component`.
         options: of `predict_scores`.
     """
     streams = [predict_scores(model, case, **options) for model, case in zip(models, prepared)]
@@ -157,10 +177,11 @@ def predict_case(
 
 
 def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
-    """Make background of all but the largest connected component (with corners, as in nnU-Net) of each given class.
+    """Set all but the largest connected component of some classes to background (Ours: an option, off by default).
 
     Args:
-        label: (D, H, W), changed in place.
+        label: (D, H, W), changed in place. Voxels that touch at a corner are connected, as in nnU-Net.
+        class_ids: the classes.
     """
     boxes = ndimage.find_objects(label)
     for class_id in class_ids:
@@ -172,10 +193,15 @@ def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.nd
     return label
 
 
-def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **options) -> dict[str, np.ndarray]:
-    """Predict a case and compare with its own label file, by Dice alone: what validation while training has time for.
+def score_case(
+    model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **options
+) -> dict[str, np.ndarray]:
+    """Return the Dice of a predicted case, (K-1,), for the validation during training.
 
     Args:
+        model: in evaluation mode.
+        case: for its label file.
+        prepared: the case, prepared by the plan of the model.
         options: of `predict_scores`.
     """
     num_classes = model.config.num_classes
@@ -183,123 +209,19 @@ def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **op
     return {"dice": metrics.dice_per_class(predict_case([model], [prepared], **options), truth, num_classes)}
 
 
-# ------------------------------------------------------------------------------------------------ folders of label maps
-
-
-def describe_prompts(prompts: str) -> str:
-    """The part of a label map's description that says which boxes it was made with; `read_prompts` reads it again."""
-    return layouts.prompts_name(prompts).replace("-boxes-", ", boxes of ", 1)[:45]  # of the 79 of a header
-
-
-def read_prompts(files: Iterable[Path]) -> str | None:
-    """Where the boxes of label maps that this program wrote are from; None where none of them had any."""
-    found = {re.search(r", boxes of (\S+)", nifti.read_description(file)) for file in files}
-    return next((match[1] for match in found if match), None)
-
-
-def score_files(
-    cases: Sequence[layouts.Case], files: Sequence[Path], source: layouts.DataSource, tolerance: float = 1.0,
-    convention: str = "masksam", workers: int = 1,
-) -> dict:  # fmt: skip
-    """Read the label maps of cases and compare them with the truth, all files checked before the first is scored.
-
-    Args:
-        files: one for each case. source: for labels and the scored subset. tolerance: of NSD, in mm. convention: of
-            `metrics.score_maps`. workers: threads.
-    Returns:
-        `metrics.summarize`.
-    Raises:
-        ValueError: listing every file with another shape, another place or other labels than the truth.
-    """
-    num_classes = len(source.labels)
-
-    truths = [dataclasses.replace(case, images=()) for case in cases]
-    problems = data.check_cases(truths, num_classes, workers, files)
-    if problems:
-        raise ValueError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
-    scores = {}
-    for case, file in zip(tqdm(cases, "scoring"), files):
-        truth, geometry = nifti.read_label(case.label, num_classes)
-        prediction, _ = nifti.read_label(str(file), num_classes)
-        options = {"tolerance": tolerance, "convention": convention, "workers": workers}
-        scores[case.name] = metrics.score_maps(prediction, truth, geometry.spacing, num_classes, **options)
-    return metrics.summarize(scores, source.labels, source.scored)
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; None stands for what the checkpoint says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--ckpt", nargs="+", help="checkpoint that train.py wrote; of several the semantic maps are averaged")
-    add("--predictions", help="folder of another program's label maps to score, instead of --ckpt")
-    add("--baseline", choices=baselines.BASELINES, help="a plain member of the SAM family, instead of --ckpt")
-    add("--prompts", default="auto", metavar="auto|gt|DIR", help="boxes for --baseline, or for a model trained with "
-        "given ones: of the truth, or of another program's label maps (default: %(default)s)")  # fmt: skip
-    add("--compare", nargs="+", metavar="RUN", help="folders of train.py to compare in one table")
-    add("--box-margin", type=float, metavar="PIXELS", help="added around boxes, in pixels of the encoder's picture "
-        "(default: 0, tight; MedSAM's scripts add 20 of 1024, LiteMedSAM's 5 of 256)")  # fmt: skip
-    add("--sam-checkpoint", help="SAM's own weights, if not in the cache")
-    add("--data", help="preset or folder (default: what it was trained on)")
-    add("--root", help="where a preset's files lie (default: as in training)")
-    add("--split", default="val", help="cases: val, test, testing, ... or all (default: %(default)s)")
-    add("--fold", type=int, help="0 to 4 of five (default: as in training)")
-    add("--input", help="folder of unlabelled NIfTI files to predict, instead of a split")
-    add("--output", help="folder for predictions and metrics (default: predictions-<split> beside the checkpoint; of "
-        "--baseline runs/<data>/predictions-<baseline>-boxes-<prompts>-<split>)")  # fmt: skip
-    add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
-    add("--overlap", type=float, default=0.5, help="of neighbouring windows (default: %(default)s)")
-    add("--weights", choices=("gaussian", "constant"), default="gaussian", help="of a window's voxels")
-    add("--batch", type=int, default=1, dest="batch_size", help="windows in one call (default: %(default)s)")
-    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average flips that keep labels right")
-    add("--largest-component", nargs="*", metavar="CLASS", dest="largest", help="keep only that (no name: of all)")
-    add("--amp", choices=AMP_TYPES, help="autocast type (default: bf16 where the device has it, else fp16 or off)")
-    add("--device", help="default: cuda if there is one")
-    add("--tolerance", type=float, default=1.0, help="of NSD, in mm (default: %(default)s)")
-    add("--metric-convention", choices=metrics.CONVENTIONS, default="masksam", dest="convention",
-        help="how other papers score absent classes (default: %(default)s)")  # fmt: skip
-    add("--workers", type=int, help="threads to check and score with (default: all cores)")
-    args = parser.parse_args(argv)
-    if sum(source is not None for source in (args.ckpt, args.predictions, args.baseline, args.compare)) != 1:
-        parser.error("expected either --ckpt FILE or --predictions DIR or --baseline NAME or --compare RUN ...")
-    given = args.prompts != "auto"
-    if args.baseline and not (args.data and given):
-        parser.error("--baseline needs --data, and --prompts gt or DIR: where its boxes are from")
-    if args.baseline and (args.input or args.submission or args.largest is not None):
-        parser.error("--input, --submission and --largest-component belong to --ckpt")
-    if given and args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
-        parser.error(f"--prompts and --output are both {args.output}: predictions would replace the prompts")
-    if not args.baseline and args.box_margin is not None:
-        parser.error("--box-margin belongs to --baseline")
-    if given and (args.predictions or args.submission):
-        parser.error("--predictions and --submission take no --prompts: those of a challenge are automatic")
-    if args.box_margin is not None and not 0 <= args.box_margin < float("inf"):
-        parser.error(f"--box-margin is {args.box_margin:g}, expected pixels, 0 or more")
-    if args.predictions and not args.data:
-        parser.error("--predictions needs --data, the data set that they belong to")
-    if args.predictions and (args.input or args.submission):
-        parser.error("--predictions are scored: --input and --submission belong to --ckpt")
-    if args.input and not args.output:
-        parser.error("--input needs --output, the folder for the predictions")
-    if args.input and Path(args.input).resolve() == Path(args.output).resolve():
-        parser.error(f"--input and --output are both {args.input}: predictions would replace the images")
-    if args.batch_size < 1:
-        parser.error(f"--batch is {args.batch_size}, expected 1 or more")
-    if args.tolerance <= 0:
-        parser.error(f"--tolerance is {args.tolerance}, expected millimetres above 0")
-    args.workers = args.workers or default_workers()
-    return args
+# ------------------------------------------------------------------------------------------------- many cases
 
 
 def find_cases(
     args: argparse.Namespace, trained_with: Sequence[dict]
 ) -> tuple[layouts.DataSource, Sequence[layouts.Case]]:
-    """The data set, and the cases of `--split`. `--fold` is filled in where the user left it open.
+    """Find a data set and the cases of `args.split`. An open `args.fold` is filled in.
 
     Args:
-        trained_with: train.py's arguments, from the checkpoints.
+        args: with data, root, fold and split.
+        trained_with: arguments of train.py, from the checkpoints; they are the defaults.
+    Raises:
+        ValueError: there is no such split, or one of several checkpoints was trained on its cases.
     """
     first = trained_with[0] if trained_with else {"root": None}
     args.fold = first.get("fold") if args.fold is None else args.fold
@@ -307,144 +229,268 @@ def find_cases(
     source = layouts.find_data(args.data or first["data"], root, args.fold)
     splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
     if args.split not in splits:
-        raise ValueError(f"--split {args.split}: {source.root} has {', '.join(splits)}")
+        raise ValueError(
+            f"--split: found {args.split}, expected one of {', '.join(splits)} for {source.root}"
+        )
     folds = {trained.get("fold") for trained in trained_with}
     if len(folds) > 1 and args.split in ("train", "val"):
-        raise ValueError(f"--split {args.split}: the checkpoints are of folds {folds} and trained on each other's")
+        raise ValueError(
+            f"--split {args.split}: found checkpoints of folds {folds}, which trained on such cases"
+        )
     return source, splits[args.split]
 
 
-def main(argv: list[str] | None = None) -> dict | None:
-    """Predict, write, and where there are labels, score. Returns the results."""
-    args = parse_arguments(argv)
-    try:
-        if args.compare:
-            return compare.compare_runs(args.compare)
-        return evaluate(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
+def predict_files(
+    cases: Sequence[layouts.Case],
+    paths: Sequence[Path],
+    num_classes: int,
+    description: Callable[[layouts.Case], str],
+    predict: Callable[[layouts.Case], tuple[np.ndarray, nifti.Geometry]],
+    workers: int = 1,
+) -> None:
+    """Predict the cases that are not done yet. All input files are checked before anything is written.
+
+    Args:
+        cases: the cases.
+        paths: the file to write for each case, all in one folder.
+        num_classes: K, to check the labels.
+        description: case -> text in the header of its file. It changes with everything that the prediction
+            depends on, so a file with this text is done.
+        predict: case -> label map (D, H, W) and the geometry of its image.
+        workers: number of threads for the checks.
+    Raises:
+        ValueError: lists everything that is wrong with the input files.
+    """
+    if problems := data.check_cases(cases, num_classes, workers):
+        raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    todo = [pair for pair in zip(cases, paths) if nifti.read_description(pair[1]) != description(pair[0])]
+    for case, path in tqdm(todo, "predicting"):
+        nifti.write_label_map(path, *predict(case), description(case))
+    print(f"{paths[0].parent}: wrote {len(todo)} label maps, {len(paths) - len(todo)} were there")
 
 
-def evaluate(args: argparse.Namespace) -> dict | None:
-    """What `main` does with the arguments; all files are checked before anything is written."""
-    suffix = layouts.prompts_name(args.prompts)
-    if args.predictions:
-        source, cases = find_cases(args, [])
-        files, output = layouts.find_predictions(cases, args.predictions), Path(args.output or args.predictions)
-        facts = {"predictions": args.predictions}
-        if origin := read_prompts(files):
-            facts["prompts"], suffix = origin, f"-boxes-{origin}"
-    elif args.baseline:
-        source, cases, files, facts = predict_baseline(args)
-        output = files[0].parent
-    else:
-        source, cases, files, facts = predict(args)
-        output = files[0].parent
-    labelled = [(case, file) for case, file in zip(cases, files) if case.label is not None]
+def score_files(
+    cases: Sequence[layouts.Case],
+    paths: Sequence[Path],
+    source: layouts.DataSource,
+    tolerance: float = 1.0,
+    convention: str = "masksam",
+    workers: int = 1,
+) -> dict:
+    """Compare label maps with the truth. All files are checked before the first is scored.
+
+    Args:
+        cases: cases with labels.
+        paths: the label map of each case.
+        source: the data set, for its labels and scored classes.
+        tolerance: of NSD, in mm.
+        convention: of `metrics.score_maps`.
+        workers: number of threads.
+    Returns:
+        `metrics.summarize`.
+    Raises:
+        ValueError: lists every file with another shape, place or label than the truth.
+    """
+    num_classes, scores = len(source.task.labels), {}
+    truths = [dataclasses.replace(case, images=(), box_source=None) for case in cases]
+    if problems := data.check_cases(truths, num_classes, workers, paths):
+        raise ValueError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
+    options = {"tolerance": tolerance, "convention": convention, "workers": workers}
+    for case, path in zip(tqdm(cases, "scoring"), paths):
+        truth, geometry = nifti.read_label(case.label, num_classes)
+        prediction, _ = nifti.read_label(str(path), num_classes)
+        scores[case.name] = metrics.score_maps(prediction, truth, geometry.spacing, num_classes, **options)
+    return metrics.summarize(scores, source.task.labels, source.task.scored)
+
+
+def report(
+    cases: Sequence[layouts.Case],
+    paths: Sequence[Path],
+    source: layouts.DataSource | None,
+    args: argparse.Namespace,
+    facts: dict,
+    suffix: str = "",
+) -> dict | None:
+    """Score the cases that have labels, print the table, and write metrics.json and metrics.csv.
+
+    Args:
+        cases: the cases.
+        paths: the label map of each case.
+        source: the data set; None for images without labels.
+        args: with split, fold, tolerance, convention, workers and output (None: beside the label maps).
+        facts: about the predictions, to be stored with the results.
+        suffix: of the names of the files, for given boxes.
+    Returns:
+        The results; None if no case has a label.
+    """
+    labelled = [pair for pair in zip(cases, paths) if pair[0].label is not None]
     if not labelled:
-        if args.predictions:
-            raise ValueError(f"--split {args.split}: {source.root} has no labels there to score against")
         return None
     results = score_files(*zip(*labelled), source, args.tolerance, args.convention, args.workers)
-    name = source.name if source.name in PRESETS else source.root
-    facts |= {"data": name, "root": source.root, "split": args.split, "fold": args.fold}
     results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
+    name = source.name if source.name in PRESETS else source.root
+    results |= {"data": name, "root": source.root, "split": args.split, "fold": args.fold}
     metrics.print_table(results)
+    output = Path(args.output or paths[0].parent)
     output.mkdir(parents=True, exist_ok=True)
-    metrics.write_metrics(output, results, write_whole, suffix)
+    metrics.write_metrics(output, results, suffix)
     return results
 
 
-def predict(args: argparse.Namespace) -> tuple[layouts.DataSource | None, Sequence[layouts.Case], list[Path], dict]:
-    """Predict all cases that are not done yet.
+def describe_box_source(where: str) -> str:
+    """Return the part of a file's description that names the source of given boxes, "" for --prompts auto."""
+    return layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)[
+        :45
+    ]  # A header has 79 bytes.
 
-    Returns:
-        The data set (None for `--input`), the cases, the label map of each, and facts for the results.
-    """
+
+def read_box_source(paths: Iterable[Path]) -> str | None:
+    """Return the source of boxes that `describe_box_source` named in label maps; None if there is none."""
+    found = (re.search(r", boxes of (\S+)", nifti.read_description(path)) for path in paths)
+    return next((match[1] for match in found if match), None)
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+# fmt: off
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and refuse options that do not go together."""
+    parser = files.make_parser(__doc__, "sam-checkpoint", "prompts", "device", "workers")
+    add = parser.add_argument
+    add("--ckpt", nargs="+", metavar="FILE", help="checkpoint of train.py; several are averaged")
+    add("--predictions", metavar="DIR", help="label maps of another program to score, instead of --ckpt")
+    for name in ("data", "root", "fold"):
+        option = files.COMMON_OPTIONS[name]
+        add(f"--{name}", **option | {"help": option["help"].split(" (")[0] + " (default: as in training)"})
+    add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
+    add("--input", metavar="DIR", help="images without labels to predict, instead of a split")
+    add("--output", metavar="DIR", help="folder to write (default: predictions-<split> beside the checkpoint)")
+    add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
+    add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
+    add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
+    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average mirrored predictions")
+    add("--largest-component", nargs="*", metavar="CLASS", dest="largest",
+        help="keep only the largest component of these classes, or of all if none is named")
+    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
+    add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
+    add("--metric-convention", choices=metrics.CONVENTIONS, default="masksam", dest="convention",
+        help="how other papers score absent classes (default: %(default)s)")
+    args = parser.parse_args(argv)
+    given, unlabelled = args.prompts != "auto", args.input or args.submission
+    output = args.output and Path(args.output).resolve()
+    problems = {
+        "expected either --ckpt FILE or --predictions DIR": (args.ckpt is None) == (args.predictions is None),
+        "--predictions needs --data, the data set that they belong to": args.predictions and not args.data,
+        "--input and --submission belong to --ckpt": args.predictions and unlabelled,
+        "--predictions and --submission take no --prompts": given and (args.predictions or args.submission),
+        "--input needs --output, the folder for the predictions": args.input and not args.output,
+        f"--batch: found {args.batch_size}, expected 1 or more": args.batch_size < 1,
+        f"--tolerance: found {args.tolerance}, expected more than 0 mm": args.tolerance <= 0,
+    }
+    for name, folder in (("--input", args.input), ("--prompts", given and args.prompts)):
+        problem = f"{name}: found the folder of --output, expected another, or predictions would replace its files"
+        problems[problem] = folder and output == Path(folder).resolve()
+    for problem, found in problems.items():
+        if found:
+            parser.error(problem)
+    args.workers = args.workers or files.default_workers()
+    return args
+# fmt: on
+
+
+def predict(args: argparse.Namespace) -> dict | None:
+    """Predict cases with the models of `--ckpt`, and return their `report`."""
     models, contents = zip(*(load_checkpoint(path, args.sam_checkpoint) for path in args.ckpt))
     plans = [data.Plan.from_dict(content["plan"]) for content in contents]
-    plan, device = plans[0], args.device or default_device()
-    source = None
+    task, source = plans[0].task, None
     if args.input:
-        cases = layouts.find_images(args.input, len(plan.channels))
+        cases = layouts.find_images(args.input, len(task.channels))
     else:
         source, cases = find_cases(args, [content["arguments"] for content in contents])
-    for path, model in zip(args.ckpt, models):
-        if (model.config.prompts == "boxes") != (args.prompts != "auto"):
-            expected = "--prompts gt or DIR" if model.config.prompts == "boxes" else "--prompts auto"
-            raise ValueError(f"--prompts {args.prompts}: {path} was trained for {expected}")
-    for path, other in zip((*args.ckpt, source and source.root), (*plans, source)):
-        if other and (other.labels, len(other.channels)) != (plan.labels, len(plan.channels)):
-            raise ValueError(
-                f"{args.ckpt[0]}: the model knows {plan.labels} from {len(plan.channels)} channels, "
-                f"{path} has {other.labels} from {len(other.channels)}"
-            )
-    amp = args.amp or default_amp(device)
-    options = {"amp": amp, "overlap": args.overlap, "weights": args.weights}
-    options["mirror_axes"] = list(plan.flip_axes) if args.mirror else []
-    options["largest"] = class_ids(args.largest, plan.labels)
+    check_models(args, models, [plan.task for plan in plans], source)
+    cases = layouts.with_box_source(cases, args.prompts)
+    device = args.device or files.default_device()
+    options = {"amp": args.amp or files.default_amp(device), "overlap": args.overlap}
+    options["mirror_axes"] = list(plans[0].task.flip_axes) if args.mirror else []
+    options["largest"] = class_ids(args.largest, task.labels)
     made_by = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
-    cases = layouts.give_prompts(cases, args.prompts)
 
-    def description(case: layouts.Case) -> str:  # of what a label map depends on
-        key = data.file_key([made_by, options], [*case.images, *filter(None, [case.prompts])])
-        return f"MaskSAM{describe_prompts(args.prompts)} {key}"
+    def description(case: layouts.Case) -> str:
+        inputs = [*case.images, *filter(None, [case.box_source])]
+        return f"MaskSAM{describe_box_source(args.prompts)} {data.file_key([made_by, options], inputs)}"
 
-    if problems := data.check_cases(cases, len(plan.labels), args.workers):
-        raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
+    def predict_one(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
+        prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in plans]
+        batches = {"device": device, "batch_size": args.batch_size, "desc": case.name}
+        return predict_case(models, prepared, **batches, **options), prepared[0].geometry
+
     for model in models:
         model.to(device)
-    folder = f"predictions{layouts.prompts_name(args.prompts)}-{args.split}"
-    output = Path(args.output or Path(args.ckpt[0]).parent / folder)
-    output.mkdir(parents=True, exist_ok=True)
+    suffix = layouts.box_source_suffix(args.prompts)
+    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions{suffix}-{args.split}")
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
-    files = [output / f"{name}.nii.gz" for name in names]
-    todo = [pair for pair in zip(cases, files) if nifti.read_description(pair[1]) != description(pair[0])]
-    for case, file in tqdm(todo, "predicting"):
-        prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in plans]
-        label = predict_case(models, prepared, device=device, batch_size=args.batch_size, desc=case.name, **options)
-        nifti.write_label_map(file, label, prepared[0].geometry, description(case))
-    print(f"{output}: wrote {len(todo)} label maps, {len(files) - len(todo)} were there")
+    paths = [output / f"{name}.nii.gz" for name in names]
+    predict_files(cases, paths, len(task.labels), description, predict_one, args.workers)
     if args.submission:
-        write_whole(output / "submission.zip", lambda file: zip_files(file, files))
-        print(f"{output / 'submission.zip'}: {len(files)} files")
-    facts = {"checkpoint": args.ckpt, "epoch": [content["epoch"] for content in contents], "prompts": args.prompts}
-    return source, cases, files, facts | options
+        files.write_whole(output / "submission.zip", lambda file: zip_files(file, paths))
+        print(f"{output / 'submission.zip'}: {len(paths)} files")
+    facts = {"checkpoint": args.ckpt, "epoch": [content["epoch"] for content in contents]}
+    return report(cases, paths, source, args, facts | {"prompts": args.prompts} | options, suffix)
 
 
-def predict_baseline(args: argparse.Namespace) -> tuple[layouts.DataSource, Sequence[layouts.Case], list[Path], dict]:
-    """Predict all cases that are not done yet with a plain member of the SAM family and given boxes; as `predict`.
-
-    The folder's name carries the source of the boxes, and the results do.
-    """
-    source, cases = find_cases(args, [])
-    cases = layouts.give_prompts(cases, args.prompts)
-    margin = f"-margin{args.box_margin:g}" if args.box_margin else ""
-    folder = f"predictions-{args.baseline}{layouts.prompts_name(args.prompts)}{margin}-{args.split}"
-    output = Path(args.output or Path("runs") / source.name / folder)
-    files = [output / f"{case.name}.nii.gz" for case in cases]
-    device = args.device or default_device()
-    amp = args.amp or default_amp(device)
-    facts = baselines.predict_files(
-        args.baseline, cases, files, source.modality, len(source.labels), describe_prompts(args.prompts),
-        args.sam_checkpoint, args.box_margin or 0.0, device, AMP_TYPES[amp], args.workers,
-    )  # fmt: skip
-    return source, cases, files, facts | {"prompts": args.prompts, "amp": amp}
+def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layouts.DataSource | None) -> None:
+    """Raise ValueError unless all models take `--prompts` and have the labels and channels of the data set."""
+    for path, model in zip(args.ckpt, models):
+        if model.config.given_boxes != (args.prompts != "auto"):
+            expected = "gt or a folder" if model.config.given_boxes else "auto"
+            raise ValueError(f"--prompts: found {args.prompts}, expected {expected}, as {path} was trained")
+    others = dict(zip(args.ckpt, tasks)) | ({source.root: source.task} if source else {})
+    labels, channels = tasks[0].labels, len(tasks[0].channels)
+    for path, task in others.items():
+        if (task.labels, len(task.channels)) != (labels, channels):
+            raise ValueError(
+                f"{path}: found {task.labels} from {len(task.channels)} channels, expected those of "
+                f"{args.ckpt[0]}: {labels} from {channels}"
+            )
 
 
 def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
-    """Ids of class names; of all but the background for an empty list, none for None."""
-    wrong = [name for name in names or () if name not in labels[1:]]
-    if wrong:
-        raise ValueError(f"--largest-component {' '.join(wrong)}: expected of {', '.join(labels[1:])}")
+    """Return the ids of class names: all but background for an empty list, none for None."""
+    if wrong := [name for name in names or () if name not in labels[1:]]:
+        raise ValueError(f"--largest-component: found {' '.join(wrong)}, expected of {', '.join(labels[1:])}")
     return [] if names is None else [labels.index(name) for name in names or labels[1:]]
 
 
-def zip_files(archive, files: Sequence[Path]) -> None:
-    """Write files, without their folders, into a zip archive (an open binary file)."""
+def zip_files(archive, paths: Sequence[Path]) -> None:
+    """Write files, without their folders, into a zip archive, an open binary file."""
     with zipfile.ZipFile(archive, "w") as content:
-        for file in files:
-            content.write(file, file.name)
+        for path in paths:
+            content.write(path, path.name)
+
+
+def score_predictions(args: argparse.Namespace) -> dict:
+    """Score the label maps of another program, and return their `report`."""
+    source, cases = find_cases(args, [])
+    paths = layouts.find_predictions(cases, args.predictions)
+    origin = read_box_source(paths)
+    facts = {"predictions": args.predictions} | ({"prompts": origin} if origin else {})
+    results = report(cases, paths, source, args, facts, f"-boxes-{origin}" if origin else "")
+    if results is None:
+        raise ValueError(
+            f"--split {args.split}: found no labels in {source.root}, expected some to score with"
+        )
+    return results
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Predict or score as the command line says, and return the results."""
+    args = parse_arguments(argv)
+    try:
+        return score_predictions(args) if args.predictions else predict(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
-"""Train MaskSAM: one loop for one process or many, CPU or GPU (paper 3).
+"""Train MaskSAM with one process or several, on GPUs or a CPU (paper 3).
 
-    python train.py                                             the phantom, `tiny`, some minutes on two cores
-    python train.py --data acdc --root DIR                      the paper's ACDC run on one GPU
-    torchrun --nproc_per_node=8 train.py --data acdc            the same on eight
-    python train.py --data acdc --sam lite_medsam               on a laptop, with a light pre-trained backbone
-    python train.py --data DIR --sam tiny                       any folder with a dataset.json
-    python train.py --data acdc --resume                        go on where runs/acdc-vit_b/last.pt stands
+    training cases ── PatchDataset ──> patches ── MaskSAM ── SetCriterion ── AdamW ──> last.pt
+    validation cases ── evaluate.score_case ──> Dice, and with the best Dice so far ──> best.pt
 
-`--data` brings patch, queries, epochs and rates (the presets of data.py); every one of them can be given here. A run
-writes runs/<data>-<name>/: best.pt and last.pt (what trains, without a frozen SAM), config.json, log.jsonl, curves.png,
-overlay.png.
+    python train.py                                         the phantom, some minutes on two cores
+    python train.py --data acdc --root DIR                  ACDC with SAM's ViT-B on one GPU
+    torchrun --nproc_per_node=8 train.py --data acdc        on eight GPUs: eight times the batch, another run
+    python train.py --data DIR --sam lite_medsam            any folder with a dataset.json, on a laptop
+    python train.py --data acdc --resume                    continue runs/acdc-vit_b/last.pt
+
+A preset of support/presets.py gives sizes and schedule; options replace single values. A run writes best.pt,
+last.pt, config.json, log.jsonl, curves.png and overlay.png to runs/<data>-<name>/.
 """
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import resource
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,342 +39,365 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import model
 from matcher import SetCriterion
-from model import VARIANTS, MaskSAMConfig, build_model, checkpoint_content, count_parameters, load_trained_state
-from support import layouts, metrics, nifti, pictures
+from support import files, layouts, metrics, nifti
 from support.checkpoints import read_checkpoint, write_checkpoint
-from support.files import AMP_TYPES, default_amp, default_device, default_workers, write_text
-from support.presets import LIGHT_SCALES, PRESETS, Preset, recipe
+from support.presets import LIGHT_SCALES, PRESETS, Preset, folder_preset, recipe
 from support.sam import BACKBONES
 
-# ------------------------------------------------------------------------------------------------------------ arguments
+# Settings that must not change when a run is resumed, besides the model and the plan of the data.
+SCHEDULE = ("epochs", "iterations", "batch_size", "accumulate", "lr", "weight_decay", "adam_eps", "clip")
+SCHEDULE += ("mask_weight", "amp", "seed", "prompts")
+SIZES = ("patch_size", "encoder_size", "num_queries")
 
 
+# fmt: off
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; None stands for the preset's or the recipe's value and is filled in by `resolve`."""
-    presets = "Presets: " + ", ".join(PRESETS)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=presets)
+    """Parse the command line. None stands for a value of the preset, which `resolve` fills in."""
+    common = ("data", "root", "fold", "cache", "sam-checkpoint", "prompts", "device")
+    parser = files.make_parser(__doc__, *common, data="phantom")
     add = parser.add_argument
-    add("--data", default="phantom", help="preset name, or a folder with a dataset.json (default: %(default)s)")
-    add("--root", help="where a preset's files lie (default: data/<preset>)")
-    add("--fold", type=int, help="0 to 4 of five-fold cross-validation (default: the published split, else 0)")
-    add("--cache", default="cache", help="where prepared cases are kept (default: %(default)s)")
     add("--name", help="the run is written to runs/<data>-<name> (default: the backbone's name)")
-    add("--sam", choices=BACKBONES, help="backbone (default: the preset's)")
-    add("--sam-checkpoint", help="SAM's own weights, if not to be downloaded")
-    add("--variant", choices=VARIANTS, default="b9", help="row of table 4 (default: %(default)s, the whole model)")
-    add("--prompts", default="auto", metavar="auto|gt|DIR", help="boxes of the model's making, or given ones: of "
-        "the truth, or of another program's label maps of all cases (default: %(default)s)")  # fmt: skip
+    add("--sam", choices=BACKBONES, help="backbone (default: that of the preset)")
+    add("--variant", choices=model.VARIANTS, default="b9", help="row of table 4 (default: b9, the model)")
     add("--mask-prompt", choices=("logits", "binary"), default="logits", help="form of SAM's mask prompt")
     add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size", help="patch in voxels")
-    add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="size that SAM sees")
-    add("--queries", type=int, dest="num_queries", help="N")
-    add("--epochs", type=int)
-    add("--iterations", type=int, help="optimizer steps an epoch")
-    add("--batch", type=int, dest="batch_size", help="patches per process and step")
+    add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="SAM's input in pixels")
+    add("--queries", type=int, dest="num_queries", help="number N of queries")
+    add("--epochs", type=int, help="number of epochs")
+    add("--iterations", type=int, help="optimizer steps per epoch")
+    add("--batch", type=int, dest="batch_size", help="patches per process and batch")
     add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
-    add("--lr", type=float, help="first rate of the poly schedule")
-    add("--warmup", type=int, default=0, help="steps of linear warm-up before it (default: %(default)s)")
-    add("--weight-decay", type=float)
-    add("--adam-eps", type=float)
-    add("--clip", type=float, help="largest gradient norm")
-    add("--mask-weight", type=float, help="of the final masks' BCE and Dice, in cost and loss")
-    add("--amp", choices=AMP_TYPES, help="autocast type (default: bf16 where the device has it, else fp16 or off)")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute encoder blocks in backward")
-    add("--compile", action="store_true", help="torch.compile the network: one graph; slow to start, for GPUs")
-    add("--workers", type=int, help="loading processes (default: 4 beside a GPU, else 0)")
-    add("--val-every", type=int, help="epochs between validations (default: a tenth of all, 2 or more)")
-    add("--seed", type=int, default=0)
-    add("--device", help="default: cuda if there is one")
-    add("--resume", action="store_true", help="go on from last.pt of this run")
+    add("--lr", type=float, help="learning rate of the first step")
+    add("--weight-decay", type=float, help="weight decay of AdamW")
+    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
+    add("--compile", action="store_true", help="compile the network: slow to start, faster steps on a GPU")
+    add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
+    add("--val-every", type=int, help="epochs between validations (default: a tenth of all, at least 2)")
+    add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
+    add("--resume", action="store_true", help="continue from last.pt of this run")
     return parser.parse_args(argv)
+# fmt: on
 
 
 def resolve(args: argparse.Namespace, preset: Preset) -> None:
-    """Fill in what the user left open, in place."""
+    """Fill in, in place, all values that the command line left open.
+
+    Raises:
+        ValueError: a value that must be positive is not.
+    """
     args.sam = args.sam or preset.sam
-    defaults = dataclasses.asdict(recipe(preset, args.sam))
-    for name, value in vars(args).items():
-        if value is None and name in defaults:
-            setattr(args, name, defaults[name])
+    for name, value in vars(recipe(preset, args.sam)).items():
+        if name in SIZES + SCHEDULE and getattr(args, name, None) is None:
+            setattr(args, name, value)
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
-    args.name += layouts.prompts_name(args.prompts)  # no run with given boxes may pass for an automatic one
-    args.device = args.device or default_device()
-    on_gpu = args.device.startswith("cuda")
-    if args.amp is None:
-        args.amp = default_amp(args.device)
-    if args.checkpointing is None:  # Ours: the light ones are small enough to keep their activations
+    args.name += layouts.box_source_suffix(args.prompts)  # The name says that a run is not automatic.
+    args.device = args.device or files.default_device()
+    args.amp = args.amp or files.default_amp(args.device)
+    if args.checkpointing is None:  # Ours: the light backbones keep their activations, which are small.
         args.checkpointing = args.sam not in LIGHT_SCALES
-    args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
-    args.val_every = args.val_every or max(2, args.epochs // 10)
-    for name in ("epochs", "iterations", "batch_size", "accumulate", "lr", "clip"):
+    args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
+    args.val_every = args.val_every or max(2, args.epochs // 10)  # Ours
+    for name in ("epochs", "iterations", "batch_size", "accumulate", "lr"):
         if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.split('_')[0]} is {getattr(args, name)}, expected more than 0")
-
-
-# ------------------------------------------------------------------------------------------------------ pieces of a run
+            raise ValueError(f"--{name.split('_')[0]}: found {getattr(args, name)}, expected more than 0")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Poly schedule (1 - t)^0.9 of the authors, behind an optional linear warm-up: a pure function of the step."""
-    total = args.epochs * args.iterations
-    warm = min(1.0, (step + 1) / (args.warmup + 1))
-    return args.lr * warm * (1 - step / total) ** 0.9
+    """Return the learning rate of a step. Release: the poly schedule with the exponent 0.9."""
+    return args.lr * (1 - step / (args.epochs * args.iterations)) ** 0.9
 
 
 def patch_indices(step: int, args: argparse.Namespace, rank: int, world: int) -> list[int]:
-    """Which patches a rank sees from `step` on. All ranks together see 0, 1, 2, ... in order, in any number."""
-    steps = range(step * args.accumulate, args.epochs * args.iterations * args.accumulate)
-    return [(batch * world + rank) * args.batch_size + i for batch in steps for i in range(args.batch_size)]
+    """Return the numbers of the patches of a process, from a step on. All processes share 0, 1, 2, ... ."""
+    batches = range(step * args.accumulate, args.epochs * args.iterations * args.accumulate)
+    return [(batch * world + rank) * args.batch_size + i for batch in batches for i in range(args.batch_size)]
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+
+@dataclasses.dataclass
+class Run:
+    """One process of a training, with the data, the network and the optimizer."""
+
+    args: argparse.Namespace  # the command line; `resolve` fills in its open values
+    rank: int  # number of this process among all
+    local_rank: int  # number of this process, and of its GPU, on this machine
+    world: int  # number of processes
+
+    def __post_init__(self):
+        args, world = self.args, self.world
+        self.source, self.plan, self.cache = open_data(args, self.rank, world)
+        task, train_cases = self.plan.task, self.source.splits["train"]
+        preset = PRESETS.get(args.data)
+        resolve(args, preset or folder_preset(task, data.cached_shapes(train_cases, self.plan, self.cache)))
+        self.device = torch.device(f"cuda:{self.local_rank}" if args.device == "cuda" else args.device)
+        self.folder = Path("runs") / f"{self.source.name}-{args.name}"
+        self.build_network()
+        schedule = {name: getattr(args, name) for name in SCHEDULE} | {"processes": world}
+        self.settings = {"arguments": vars(args), "schedule": schedule, "commit": git_commit()}
+        self.first_epoch, self.best, self.start = 0, -1.0, time.time()  # epochs done, best validation Dice
+        if args.resume:
+            resume(self)
+        elif (self.folder / "last.pt").exists():
+            raise ValueError(f"{self.folder}: found a run; use --resume, choose another --name, or delete it")
+
+        length = args.epochs * args.iterations * args.accumulate * args.batch_size * world
+        patches = data.PatchDataset(train_cases, self.plan, self.cache, args.patch_size, length, args.seed)
+        indices = patch_indices(self.first_epoch * args.iterations, args, self.rank, world)
+        options = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
+        self.batches = iter(DataLoader(patches, args.batch_size, sampler=indices, **options))
+        self.wrapped = self.model
+        if world > 1:  # averages the gradients of the processes
+            gpus = [self.local_rank] if self.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(self.model, gpus)
+
+    def build_network(self) -> None:
+        """Build the network from the seed, its loss and its optimizer."""
+        args, task = self.args, self.plan.task
+        torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")
+        sizes = {"patch_size": tuple(args.patch_size), "encoder_size": tuple(args.encoder_size)}
+        sizes |= {"num_channels": len(task.channels), "num_classes": len(task.labels)}
+        prompts = {"mask_prompt": args.mask_prompt, "given_boxes": args.prompts != "auto"}
+        config = model.MaskSAMConfig(args.sam, args.variant, num_queries=args.num_queries, **sizes, **prompts)
+        self.model, self.sam = model.build_model(config, args.sam_checkpoint)
+        self.model.to(self.device).gradient_checkpointing = args.checkpointing
+        if args.compile:
+            self.model.compile()
+        self.criterion = SetCriterion({"mask_bce": args.mask_weight, "mask_dice": args.mask_weight})
+        # Ours: AdamW. Release: SGD with Nesterov momentum 0.99 for ACDC and Synapse, AdamW for AMOS.
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        rates = {"lr": args.lr, "weight_decay": args.weight_decay, "eps": args.adam_eps}
+        self.optimizer = torch.optim.AdamW(trained, **rates, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
+
+
+def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.DataSource, data.Plan, Path]:
+    """Find the cases and prepare them, first in rank 0. Return the data set, its plan and their cache."""
+    source = layouts.find_data(args.data, args.root, args.fold)
+    for name in ("train", "val"):
+        if not source.splits.get(name):
+            raise ValueError(f"{source.root}: found no {name} cases, only {', '.join(source.splits)}")
+    splits = {name: layouts.with_box_source(source.splits[name], args.prompts) for name in ("train", "val")}
+    source = dataclasses.replace(source, splits=source.splits | splits)
+    cache = Path(args.cache) / source.name
+    if world > 1:  # Preparing a large set may take the others longer than the usual limit of ten minutes.
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    if rank == 0:
+        plan = data.prepare(source, cache, files.default_workers())
+    if world > 1:
+        dist.barrier(patient)
+        plan = plan if rank == 0 else data.prepare(source, cache)  # finds everything prepared
+    return source, plan, cache
+
+
+def resume(run: Run) -> None:
+    """Load last.pt into a run. Raises ValueError if a setting that must not change has changed."""
+    path = run.folder / "last.pt"
+    content = read_checkpoint(path)
+    old = content["config"] | content["plan"] | content["schedule"]
+    new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    if changed:
+        raise ValueError(f"{path}: found another configuration ({'; '.join(changed)}); use another --name")
+    model.load_trained_state(run.model, content["state"], path)
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.scaler.load_state_dict(content["scaler"])
+    run.first_epoch, run.best = content["epoch"], content["best"]
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
+    """Run a whole training; `Run` describes the arguments.
+
+    Returns:
+        `metrics.summarize` of the best checkpoint on the validation cases.
+    """
+    run = Run(args, rank, local_rank, world)
+    if rank == 0:
+        begin_log(run)
+    for epoch in range(run.first_epoch, args.epochs):
+        began = time.time()
+        entry = {"epoch": epoch + 1} | train_epoch(run, epoch)
+        entry |= {"seconds": time.time() - began, "val_dice": None}
+        if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
+            results = validate(run)
+            per_class = {label: values["dice"] for label, values in results["per_class"].items()}
+            # Cases without any object have no Dice; with 0 there is a best checkpoint all the same.
+            entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
+        if rank == 0:
+            entry |= {"gib": peak_memory(run.device), "seconds_with_validation": time.time() - began}
+            save(run, entry)
+    if world > 1:
+        dist.barrier()
+    best = run.folder / "best.pt"
+    model.load_trained_state(run.model, read_checkpoint(best)["state"], best)
+    # evaluate.py averages mirrored predictions by default; the validation during training has no time for it.
+    results = validate(run, run.plan.task.flip_axes)
+    if rank == 0:
+        metrics.print_table(results | {"prompts": args.prompts})
+        draw(run)
+    return results
+
+
+def train_epoch(run: Run, epoch: int) -> dict[str, float]:
+    """Train for the epoch after `epoch` others. Return the means of `train_step`, and "lr", the last rate."""
+    args, sums = run.args, {}
+    run.wrapped.train()
+    steps = range(epoch * args.iterations, (epoch + 1) * args.iterations)
+    bar = tqdm(steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
+    for step in bar:
+        rate = learning_rate(step, args)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        values = train_step(run)
+        sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}")
+    return {name: value / args.iterations for name, value in sums.items()} | {"lr": rate}
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """Take one optimizer step. Return loss, terms and gradient norm, averaged over the processes."""
+    args, sums = run.args, {}
+    for micro in range(args.accumulate):
+        # volume (B, C, D, H, W), labels (B, D, H, W)
+        volume, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(run.batches))
+        # The processes exchange their gradients only after the last batch of a step.
+        waits = run.world > 1 and micro < args.accumulate - 1
+        with run.wrapped.no_sync() if waits else contextlib.nullcontext():
+            with files.autocast(run.device, args.amp):
+                outputs = run.wrapped(volume)
+            # (B, D, H, W) -> (S, H, W) -> per slice a mask, a class and a box for each segment
+            segments = data.label_map_to_segments(labels.flatten(0, 1), len(run.plan.task.labels))
+            loss, terms = run.criterion(outputs, segments)  # in float32
+            run.scaler.scale(loss / args.accumulate).backward()
+        terms = {"loss": loss.detach()} | {f"loss_{name}": term for name, term in terms.items()}
+        sums = {name: sums.get(name, 0) + term / args.accumulate for name, term in terms.items()}
+    run.scaler.unscale_(run.optimizer)
+    # Release: the norm of the gradient is at most 12.
+    sums["grad_norm"] = nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], args.clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    values = torch.stack([value.float() for value in sums.values()])  # one copy from the device per step
+    if run.world > 1:
+        dist.all_reduce(values)
+        values = values / run.world
+    return dict(zip(sums, values.tolist()))
+
+
+def validate(run: Run, mirror_axes: Sequence[int] = ()) -> dict:
+    """Score the validation cases on the grids of their files, shared among the processes.
+
+    Args:
+        run: the run; its weights stay as they are.
+        mirror_axes: axes of (D, H, W); the predictions of all flips along them are averaged.
+    Returns:
+        `metrics.summarize`, the same in every process.
+    """
+    cases, scores = run.source.splits["val"], {}
+    options = {"device": run.device, "amp": run.args.amp, "mirror_axes": mirror_axes}
+    run.model.eval()
+    for case in tqdm(cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
+        prepared = data.load_cached(case, run.plan, run.cache)
+        scores[case.name] = evaluate.score_case(run.model, case, prepared, **options)
+    run.model.train()
+    if run.world > 1:
+        parts = [None] * run.world
+        dist.all_gather_object(parts, scores)
+        scores = {name: score for part in parts for name, score in part.items()}
+    return metrics.summarize({case.name: scores[case.name] for case in cases}, run.plan.task.labels)
+
+
+# ------------------------------------------------------------------------------------------ what a run leaves
+
+
+def begin_log(run: Run) -> None:
+    """Print a run's settings in five lines, write all to config.json, and keep the log of the epochs done."""
+    args, config, labels = run.args, run.model.config, run.plan.task.labels
+    counts = model.count_parameters(run.model)
+    counts["total"] = trained, frozen = tuple(map(sum, zip(*counts.values())))  # table 5
+    cases = [f"{len(run.source.splits[name])} {name}" for name in ("train", "val")]
+    patch, encoder = (" x ".join(map(str, size)) for size in (config.patch_size, config.encoder_size))
+    per_step = (
+        f"{run.world} x {args.accumulate} x {args.batch_size} patches per step, {run.device}, amp {args.amp}"
+    )
+    print(
+        f"data      {run.source.name} in {run.source.root}, cases: {', '.join(cases)}\n"
+        f"model     {config.sam}, {config.variant}, {trained:,} trained and {frozen:,} frozen parameters\n"
+        f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries, {len(labels)} classes\n"
+        f"schedule  {args.epochs} x {args.iterations} steps, {per_step}, rate {args.lr:g}\n"
+        f"output    {run.folder}, where config.json has all settings"
+    )
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    content = {"model": dataclasses.asdict(config), "plan": run.plan.as_dict(), "sam": run.sam}
+    content |= {"command": command} | run.settings | {"parameters": counts}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(run.folder / "config.json", json.dumps(content, indent=1))
+    log = run.folder / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if run.first_epoch else []
+    files.write_text(log, "".join(lines[: run.first_epoch]))
+
+
+def save(run: Run, entry: dict) -> None:
+    """Write last.pt, a line of log.jsonl, and best.pt if the validation Dice is the best so far (Ours)."""
+    epoch, dice = entry["epoch"], entry["val_dice"]
+    content = model.checkpoint_content(run.model, run.sam, run.plan.as_dict()) | run.settings
+    content |= {"epoch": epoch, "metrics": {"val_dice": dice}}
+    if dice is not None and dice > run.best:
+        run.best = dice
+        write_checkpoint(run.folder / "best.pt", content)
+    with open(run.folder / "log.jsonl", "a") as log:
+        log.write(json.dumps(entry) + "\n")
+    state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "best": run.best}
+    write_checkpoint(run.folder / "last.pt", content | state)
+    minutes = (time.time() - run.start) / (epoch - run.first_epoch) * (run.args.epochs - epoch) / 60
+    line = f"epoch {epoch}/{run.args.epochs}  loss {entry['loss']:.4f}  rate {entry['lr']:.1e}"
+    line += f"  {entry['seconds']:.0f} s  {entry['gib']:.1f} GiB  {minutes:.0f} min left"
+    tqdm.write(line if dice is None else f"{line}  validation Dice {dice:.4f}")
+
+
+def draw(run: Run) -> None:
+    """Draw curves.png, and overlay.png with three validation cases from all over the list."""
+    from support import pictures  # needs matplotlib, which training does not
+
+    pictures.draw_curves(run.folder / "log.jsonl", run.folder / "curves.png")
+    cases, task, shown = run.source.splits["val"], run.plan.task, []
+    options = {"device": run.device, "amp": run.args.amp, "mirror_axes": task.flip_axes}
+    for case in cases[:: max(1, len(cases) // 3)][:3]:
+        prepared = data.load_cached(case, run.plan, run.cache)
+        prediction = evaluate.predict_case([run.model.eval()], [prepared], **options)
+        image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(task.labels))[0]
+        title = case.name + ("" if run.args.prompts == "auto" else f", boxes of {run.args.prompts}")
+        shown.append(pictures.Picture(title, image, truth, prediction, prepared.geometry.spacing))
+    pictures.draw_overlay(shown, task.labels, run.folder / "overlay.png")
+    print(f"wrote {run.folder}/best.pt, last.pt, config.json, log.jsonl, curves.png, overlay.png")
 
 
 def git_commit() -> str | None:
-    """Commit of this code, with a plus where files have changed since; None outside a repository."""
-    run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    """Return the commit of this code, with a "+" if files have changed since; None outside a repository."""
+    command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
     with contextlib.suppress(OSError):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        return commit + ("+" if subprocess.run(["git", "diff", "--quiet", "HEAD"], **run).returncode else "") or None
+        output = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+        return output.strip() or None
     return None
 
 
 def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in GiB: of the GPU's allocator, or of this process on the CPU."""
+    """Return the largest memory so far in GiB, of the GPU or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def print_parameters(model: nn.Module) -> dict:
-    """Table 5 for this model: what trains and what is frozen, by component."""
-    counts = count_parameters(model)
-    counts["total"] = tuple(map(sum, zip(*counts.values())))
-    print(f"{'parameters':24s}{'trainable':>14s}{'frozen':>14s}")
-    for component, (trainable, frozen) in counts.items():
-        print(f"{component:24s}{trainable:14,d}{frozen:14,d}")
-    return counts
-
-
-def validate(model: nn.Module, cases, plan, cache, args, device, rank: int, world: int, mirror_axes=()) -> dict:
-    """Score whole cases on their native grid, shared out over the ranks. Every rank returns the same results."""
-    model.eval()
-    options = {"device": device, "amp": args.amp, "mirror_axes": mirror_axes}
-    scores = {
-        case.name: evaluate.score_case(model, case, data.load_cached(case, plan, cache), **options)
-        for case in tqdm(cases[rank::world], desc="validation", leave=False, disable=rank > 0)
-    }
-    model.train()
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, scores)
-        scores = {name: score for part in parts for name, score in part.items()}
-    return metrics.summarize({case.name: scores[case.name] for case in cases}, plan.labels)
-
-
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-
-def resume(path: Path, model, optimizer, scaler, args, plan, world: int) -> tuple[int, float]:
-    """Load last.pt into the run's objects; raises ValueError where it belongs to another configuration.
-
-    Returns:
-        The first epoch still to train and the best validation Dice so far.
-    """
-    content = read_checkpoint(path)
-    before = content["config"] | content["plan"] | content["schedule"]
-    now = dataclasses.asdict(model.config) | plan.as_dict() | schedule(args, world)
-    differing = [f"{k} {before.get(k)} -> {now.get(k)}" for k in before | now if before.get(k) != now.get(k)]
-    if differing:
-        raise ValueError(f"{path} belongs to another configuration ({'; '.join(differing)}): choose another --name")
-    load_trained_state(model, content["state"], path)
-    optimizer.load_state_dict(content["optimizer"])
-    scaler.load_state_dict(content["scaler"])
-    return content["epoch"], content["best"]
-
-
-def schedule(args: argparse.Namespace, world: int) -> dict:
-    """What a resumed run must share with the first one, beside model and data, to be the same run."""
-    names = ("epochs", "iterations", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "clip", "amp", "seed",
-             "prompts")  # fmt: skip
-    return {name: getattr(args, name) for name in names} | {"processes": world}
-
-
-def train_epoch(epoch: int, batches, model, criterion, optimizer, scaler, args, device, rank: int) -> dict:
-    """One epoch of `--iterations` optimizer steps; returns the means of what is logged."""
-    sums: dict[str, float] = {}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    steps = range(epoch * args.iterations, (epoch + 1) * args.iterations)
-    bar = tqdm(steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=rank > 0)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        step_values: dict[str, torch.Tensor] = {}
-        for micro in range(args.accumulate):
-            volume, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            last = micro == args.accumulate - 1
-            with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
-                with torch.autocast(device.type, AMP_TYPES[args.amp], enabled=args.amp != "off"):
-                    outputs = model(volume)
-                segments = data.label_map_to_segments(labels.flatten(0, 1), args.num_classes)
-                if args.prompts != "auto":  # a segment that no box points at is not asked for
-                    prompts = volume[:, -1].flatten(0, 1)
-                    asked = data.label_map_to_segments(prompts, args.num_classes).present
-                    asked[:, 0] = True
-                    segments = segments._replace(present=segments.present & asked)
-                loss, terms = criterion(outputs, segments)
-                scaler.scale(loss / args.accumulate).backward()
-            for name, value in ({"loss": loss.detach()} | {f"loss_{key}": term for key, term in terms.items()}).items():
-                step_values[name] = step_values.get(name, 0) + value / args.accumulate
-        scaler.unscale_(optimizer)
-        step_values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        values = torch.stack([value.float() for value in step_values.values()])
-        if dist.is_initialized():
-            dist.all_reduce(values)
-            values = values / dist.get_world_size()
-        values = dict(zip(step_values, values.tolist()))
-        sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
-        bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{learning_rate(step, args):.1e}")
-    return {name: value / args.iterations for name, value in sums.items()} | {"lr": learning_rate(steps[-1], args)}
-
-
-def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.DataSource, data.Plan, Path]:
-    """Find the cases and prepare them, rank 0 first; returns them with their plan and the folder of their cache."""
-    source = layouts.find_data(args.data, args.root, args.fold)
-    for split in ("train", "val"):
-        if not source.splits.get(split):
-            found = ", ".join(source.splits)
-            raise ValueError(f"{source.root}: found no case of the {split} split, only of {found}")
-    splits = {name: layouts.give_prompts(source.splits[name], args.prompts) for name in ("train", "val")}
-    source = dataclasses.replace(source, splits=source.splits | splits)
-    cache = Path(args.cache) / source.name
-    if world > 1:  # preparing a large set takes longer than the usual ten minutes that processes wait for each other
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-    if rank == 0:
-        plan = data.prepare(source, cache, default_workers())
-    if world > 1:
-        dist.barrier(patient)
-        plan = plan if rank == 0 else data.prepare(source, cache)  # finds everything done
-    return source, plan, cache
-
-
-def begin_log(run: Path, start: int, model: nn.Module, plan: data.Plan, sam: dict, facts: dict) -> None:
-    """Print and store the resolved configuration with the parameters of table 5; keep the log of `start` epochs."""
-    run.mkdir(parents=True, exist_ok=True)
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
-    resolved = {"model": dataclasses.asdict(model.config), "plan": plan.as_dict(), "sam": sam, "command": command}
-    print(json.dumps(resolved | facts, indent=1))
-    write_text(run / "config.json", json.dumps(resolved | facts | {"parameters": print_parameters(model)}, indent=1))
-    log_lines = (run / "log.jsonl").read_text().splitlines()[:start] if start else []
-    write_text(run / "log.jsonl", "".join(line + "\n" for line in log_lines))
-
-
-def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
-    """Run the whole training; returns the results of the best checkpoint on the validation cases."""
-    source, plan, cache = open_data(args, rank, world)
-    resolve(args, PRESETS.get(args.data) or data.default_preset(source, plan, cache))
-    args.num_classes = len(plan.labels)
-    device = torch.device(args.device if ":" in args.device or args.device == "cpu" else f"{args.device}:{local_rank}")
-
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    config = MaskSAMConfig(
-        args.sam, args.variant, len(plan.channels), args.num_classes, args.num_queries,
-        tuple(args.patch_size), tuple(args.encoder_size), args.mask_prompt,
-        "auto" if args.prompts == "auto" else "boxes",
-    )  # fmt: skip
-    model, sam = build_model(config, args.sam_checkpoint)
-    model.to(device).gradient_checkpointing = args.checkpointing
-    if args.compile:
-        model.compile()
-    criterion = SetCriterion({"mask_bce": args.mask_weight, "mask_dice": args.mask_weight})
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=args.lr, weight_decay=args.weight_decay, eps=args.adam_eps, fused=True,
-    )  # fmt: skip
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-
-    run = Path("runs") / f"{source.name}-{args.name}"
-    start, best = 0, -1.0
-    if args.resume:
-        start, best = resume(run / "last.pt", model, optimizer, scaler, args, plan, world)
-    elif (run / "last.pt").exists():
-        raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
-    facts = {"arguments": vars(args), "schedule": schedule(args, world), "commit": git_commit()}
-    if rank == 0:
-        begin_log(run, start, model, plan, sam, facts)
-
-    dataset = data.PatchDataset(
-        source.splits["train"], plan, cache, config.patch_size,
-        length=args.epochs * args.iterations * args.accumulate * args.batch_size * world, seed=args.seed,
-    )  # fmt: skip
-    batches = iter(
-        DataLoader(
-            dataset,
-            args.batch_size,
-            sampler=patch_indices(start * args.iterations, args, rank, world),
-            num_workers=args.workers,
-            pin_memory=device.type == "cuda",
-            drop_last=False,
-        )  # fmt: skip
-    )
-    wrapped = DistributedDataParallel(model, [local_rank] if device.type == "cuda" else None) if world > 1 else model
-    validation_cases = source.splits["val"]
-    began = time.time()
-    for epoch in range(start, args.epochs):
-        epoch_began = time.time()
-        entry = train_epoch(epoch, batches, wrapped.train(), criterion, optimizer, scaler, args, device, rank)
-        entry = {"epoch": epoch + 1} | entry | {"seconds": time.time() - epoch_began, "val_dice": None}
-        if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
-            results = validate(model, validation_cases, plan, cache, args, device, rank, world)
-            # Validation cases without any object have no Dice; 0 lets the run keep a checkpoint all the same.
-            per_class = {label: values["dice"] for label, values in results["per_class"].items()}
-            entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
-        if rank == 0:
-            entry |= {"gib": peak_memory(device), "seconds_with_validation": time.time() - epoch_began}
-            state = {"epoch": epoch + 1, "metrics": {"val_dice": entry["val_dice"]}} | facts
-            if entry["val_dice"] is not None and entry["val_dice"] > best:
-                best = entry["val_dice"]
-                write_checkpoint(run / "best.pt", checkpoint_content(model, sam, plan.as_dict()) | state)
-            with open(run / "log.jsonl", "a") as log:
-                log.write(json.dumps(entry) + "\n")
-            resumable = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best}
-            write_checkpoint(run / "last.pt", checkpoint_content(model, sam, plan.as_dict()) | state | resumable)
-            dice = "" if entry["val_dice"] is None else f"  validation Dice {entry['val_dice']:.4f}"
-            left = (time.time() - began) / (epoch + 1 - start) * (args.epochs - epoch - 1) / 60
-            tqdm.write(
-                f"epoch {epoch + 1}/{args.epochs}  loss {entry['loss']:.4f}  rate {entry['lr']:.1e}  "
-                f"{entry['seconds']:.0f} s  {entry['gib']:.1f} GiB  {left:.0f} min left{dice}"
-            )
-    if world > 1:
-        dist.barrier()
-    load_trained_state(model, read_checkpoint(run / "best.pt")["state"], run / "best.pt")
-    # As evaluate.py does by default: mirrored, which validation while training has no time for.
-    results = validate(model, validation_cases, plan, cache, args, device, rank, world, plan.flip_axes)
-    if rank == 0:
-        metrics.print_table(results | {"prompts": args.prompts})
-        draw(run, model, validation_cases, plan, cache, args, device)
-    return results
-
-
-def draw(run: Path, model, cases, plan, cache, args, device) -> None:
-    """curves.png, and overlay.png with three validation cases from all over the list."""
-    pictures.draw_curves(run / "log.jsonl", run / "curves.png")
-    shown = []
-    for case in cases[:: max(1, len(cases) // 3)][:3]:
-        prepared = data.load_cached(case, plan, cache)
-        options = {"device": device, "amp": args.amp, "mirror_axes": plan.flip_axes}
-        prediction = evaluate.predict_case([model.eval()], [prepared], **options)
-        image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(plan.labels))[0]
-        title = case.name + ("" if args.prompts == "auto" else f", boxes of {args.prompts}")
-        shown.append((title, image, truth, prediction, prepared.geometry.spacing))
-    pictures.draw_overlay(shown, plan.labels, run / "overlay.png")
-    print(f"wrote {run}/best.pt, last.pt, config.json, log.jsonl, curves.png, overlay.png")
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Set up the processes that torchrun started, or the one there is, and train."""
+    """Train in this process, or in all the processes that torchrun started."""
     args = parse_arguments(argv)
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
