@@ -1,19 +1,23 @@
-"""MaskSAM: SAM, frozen, with a stem, adapters, a prompt generator and class tokens (paper 2.1, fig. 2, 3).
+"""MaskSAM: a frozen SAM with a stem, adapters, a prompt generator and class tokens (paper 2.1, fig. 2 and 3).
 
     volume (B, C, D, H, W)
-      │  ModalityStem                         2.5 i     any modalities -> 3 channels at the encoder's size
-      │  SAM image encoder                    2.5 ii-iii, fig. 3a, 4c: depth embedding, two DConvAdapters per block
-      │  PromptGenerator                      2.3       -> auxiliary masks, boxes, class tokens
-      │  SAM prompt encoder, unchanged
-      │  SAM mask decoder                     2.6, fig. 3c: class token, depth embedding, adapters
-      └> class_logits (S, N, K+1), mask_logits (S, N, H', W'), aux_mask_logits (S, N, H, W), aux_boxes (S, N, 4)
+      │  ModalityStem              2.5 i                any modalities -> 3 channels of the encoder's size
+      │  SAM's image encoder       2.5 ii-iii, fig. 3a  + depth embedding, + two DConvAdapters per block
+      │  PromptGenerator           2.3, fig. 3b         -> auxiliary masks, boxes and class tokens
+      │  SAM's prompt encoder                           unchanged
+      │  SAM's mask decoder        2.6, fig. 3c         + class token, + depth embedding, + adapters
+      └> class_logits (S, N, K+1), mask_logits (S, N, 4h, 4w); aux_mask_logits (S, N, H, W), aux_boxes
 
-SAM's modules are those that `segment-anything` builds. A forward pass is repeated here where the paper inserts
-something, and every inserted line ends in "# +". With fresh adapters those lines add nothing: the model is SAM.
+`segment-anything` builds the modules of SAM. Where the paper inserts something, a forward pass of SAM is
+repeated here, and every line that differs from SAM's ends in "# +". With fresh adapters the encoder equals
+SAM's and the decoder equals SAM's image by image. The class token is one more token in the decoder, so masks
+of the whole model differ slightly from SAM's: with MobileSAM's weights, about 2.7 % of pixels change sign.
 
-Letters: B volumes, D slices of a patch, S = B*D, H W pixels of a patch, h w token grid, N queries, K classes with
-background. Rows are folded as (b*D + d)*N + n.
+    model, sam = build_model(MaskSAMConfig(sam="tiny", encoder_size=(256, 256)))
+    outputs = model(torch.randn(2, 1, 4, 256, 256))
 """
+
+from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
@@ -22,108 +26,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapters import (
-    DepthConvAdapter,
-    DepthMLPAdapter,
-    DepthMLPAfterUpAdapter,
-    DepthMLPBeforeDownAdapter,
-    VanillaAdapter,
-)
-from prompt_generator import PromptGenerator, boxes_of_classes, resize
+import adapters
+from prompt_generator import GivenBoxes, PromptGenerator, resize
 from support.attention import attention
 from support.checkpoints import read_checkpoint
 from support.sam import BACKBONES, file_sha256, find_sam_file, resample_position_embedding
 from support.tiny_vit import DEPTHS, WIDTHS, ConvBlock, TinyViT
 
-# Table 4: form of the prompts (fig. 5), adapter for image tokens, adapter for prompt tokens, depth embeddings.
-VARIANTS = {
-    "b1": ("a", VanillaAdapter, VanillaAdapter, False),
-    "b2": ("b", VanillaAdapter, VanillaAdapter, False),
-    "b3": ("c", VanillaAdapter, VanillaAdapter, False),
-    "b4": ("d", VanillaAdapter, VanillaAdapter, False),
-    "b5": ("d", VanillaAdapter, VanillaAdapter, True),
-    "b6": ("d", DepthMLPAfterUpAdapter, DepthMLPAfterUpAdapter, True),
-    "b7": ("d", DepthMLPBeforeDownAdapter, DepthMLPBeforeDownAdapter, True),
-    "b8": ("d", DepthMLPAdapter, DepthMLPAdapter, True),
-    "b9": ("d", DepthConvAdapter, DepthMLPAdapter, True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskSAMConfig:
-    """What must travel with the weights; the defaults are the paper's ACDC run.
-
-    sam: key of `BACKBONES`. variant: key of `VARIANTS`. num_channels: C. num_classes: K with background.
-    num_queries: N. patch_size: (D, H, W) voxels. encoder_size: (rows, columns) in pixels, multiples of the backbone's
-    stride: 16, or 4 for lite_medsam.
-    mask_prompt: "logits" or "binary", what SAM's prompt encoder gets. prompts: "auto", or "boxes" for a model that is
-    given a box of each class in a slice, in training as in use.
-
-    Raises:
-        ValueError: a value that no model can be built from, with what would do.
-    """
-
-    sam: str = "vit_b"
-    variant: str = "b9"
-    num_channels: int = 1
-    num_classes: int = 4
-    num_queries: int = 8
-    patch_size: tuple[int, int, int] = (4, 256, 256)
-    encoder_size: tuple[int, int] = (1024, 1024)
-    mask_prompt: str = "logits"
-    prompts: str = "auto"
-
-    def __post_init__(self):
-        choices = {"sam": BACKBONES, "variant": VARIANTS, "mask_prompt": ("logits", "binary")}
-        for name, known in (choices | {"prompts": ("auto", "boxes")}).items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name, length, multiple in (("patch_size", 3, 1), ("encoder_size", 2, BACKBONES[self.sam].stride)):
-            value = tuple(getattr(self, name))
-            object.__setattr__(self, name, value)  # a list from a file or the command line becomes a tuple
-            if len(value) != length or any(side < 1 or side % multiple for side in value):
-                raise ValueError(f"{name} is {value}, expected {length} positive multiples of {multiple}")
-        if self.num_classes < 2 or self.num_queries < 1 or self.num_channels < 1:
-            raise ValueError(f"expected at least 2 classes, 1 query and 1 channel, found {self}")
-        if self.prompts == "boxes" and self.num_queries < self.num_classes:
-            raise ValueError(f"{self.num_queries} queries, expected {self.num_classes} or more: a box for every class")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), the token grid of the encoder."""
-        stride = BACKBONES[self.sam].stride
-        return self.encoder_size[0] // stride, self.encoder_size[1] // stride
-
-
-# ------------------------------------------------------------------------------------------------- modality stem, 2.5 i
-
 
 class ModalityStem(nn.Module):
-    """Inverted bottleneck of convolutions from any number of modalities to SAM's three channels (2.5 i).
+    """An inverted bottleneck of convolutions, from any number of modalities to SAM's three channels (2.5 i).
 
-    Ours: it works at patch size, before the resampling to the encoder's size, and around it runs a residual: at first
-    the last layer is zero and SAM sees the mean of the channels as a grey picture in its own pixel statistics. The
-    input is normalised to mean 0 and deviation 1; that becomes the mean and deviation of SAM's pictures.
+    Ours: it works at patch size, before the resampling. A residual runs around it, and its last layer starts
+    at zero, so a fresh stem shows SAM the mean of the channels as a grey picture, in SAM's pixel statistics.
 
     Args:
-        num_channels: C. encoder_size: (rows, columns). pixel_mean, pixel_std: (3, 1, 1), SAM's, in grey levels 0..255.
-        grey: mean and deviation of SAM's pictures where `pixel_mean` and `pixel_std` are only how it scales them.
+        num_channels: C.
+        encoder_size: (rows, columns) of the encoder's input in pixels.
+        pixel_mean: (3, 1, 1) in grey levels 0..255, which SAM subtracts from a picture.
+        pixel_std: (3, 1, 1) in grey levels, by which SAM divides the difference.
+        grey: mean and deviation of SAM's pictures in grey levels; None if pixel_mean and pixel_std tell them.
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        encoder_size: tuple[int, int],
-        pixel_mean: Tensor,
-        pixel_std: Tensor,
-        grey: tuple[float, float] | None = None,
-    ):
+    def __init__(self, num_channels, encoder_size, pixel_mean, pixel_std, grey=None):
         super().__init__()
-        hidden_dim = 8 * (num_channels + 3)
-        self.encoder_size = encoder_size
-        mean, deviation = grey or (pixel_mean.mean(), pixel_std.mean())
-        self.register_buffer("gain", (deviation / pixel_std).flatten(-2), persistent=False)
-        self.register_buffer("offset", ((mean - pixel_mean) / pixel_std).flatten(-2), persistent=False)
+        hidden_dim = 8 * (num_channels + 3)  # Ours: eight times the input and output channels
         self.bottleneck = nn.Sequential(
             nn.Conv2d(num_channels, hidden_dim, kernel_size=1),
             nn.GELU(),
@@ -133,377 +60,420 @@ class ModalityStem(nn.Module):
         )
         nn.init.zeros_(self.bottleneck[-1].weight)
         nn.init.zeros_(self.bottleneck[-1].bias)
+        self.encoder_size = encoder_size
+        mean, deviation = grey or (pixel_mean.mean(), pixel_std.mean())
+        self.register_buffer("gain", (deviation / pixel_std).flatten(-2), persistent=False)
+        self.register_buffer("offset", ((mean - pixel_mean) / pixel_std).flatten(-2), persistent=False)
 
     def forward(self, slices: Tensor) -> Tensor:
-        """(S, C, H, W) of mean 0 and deviation 1 -> (S, 3, *encoder_size), what SAM's `preprocess` would make."""
-        grey = slices.mean(dim=1, keepdim=True) * self.gain[..., None] + self.offset[..., None]
+        """(S, C, H, W) with mean 0 and deviation 1 -> (S, 3, *encoder_size), in the units that SAM reads."""
+        grey = slices.mean(dim=1, keepdim=True)  # (S, 1, H, W)
+        grey = grey * self.gain[..., None] + self.offset[..., None]  # (S, 3, H, W)
         return resize(grey + self.bottleneck(slices), self.encoder_size)
 
 
-# -------------------------------------------------------------------------------- image encoder, 2.5 ii-iii and fig. 4c
+class MaskSAM(nn.Module):
+    """The whole network of fig. 2. It starts with random weights; `build_model` loads the pre-trained SAM.
+
+    A pre-trained SAM is frozen before anything is added. Ours: `tiny`, which has no pre-trained weights,
+    trains whole, except for the parts of SAM that the method never reads.
+
+    Args:
+        config: sizes and variant.
+    """
+
+    def __init__(self, config: MaskSAMConfig):
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, False
+        form, image_adapter, token_adapter, depth_embedding = VARIANTS[config.variant]
+        backbone = BACKBONES[config.sam]
+        self.sam, self.sam_is_frozen = backbone.build().train(), backbone.file is not None
+        kind = TinyViTEncoder if isinstance(self.sam.image_encoder, TinyViT) else ViTEncoder
+        self.encoder = encoder = kind(self.sam.image_encoder, config.grid)  # no module: SAM owns the weights
+        prompts, decoder = self.sam.prompt_encoder, self.sam.mask_decoder
+        prompts.input_image_size, prompts.image_embedding_size = config.encoder_size, config.grid
+        prompts.mask_input_size = (4 * config.grid[0], 4 * config.grid[1])
+        for module in [self.sam] if self.sam_is_frozen else parts_never_read(self.sam, form):
+            module.requires_grad_(False)
+
+        (depth, *patch), dim = config.patch_size, decoder.transformer_dim
+        pixels = self.sam.pixel_mean, self.sam.pixel_std, backbone.grey
+        self.stem = ModalityStem(config.num_channels, config.encoder_size, *pixels)
+        self.encoder_adapters = nn.ModuleList(
+            encoder.block_adapters(image_adapter, width, depth) for width in encoder.block_dims
+        )
+        self.decoder_adapters = nn.ModuleList(
+            DecoderBlockAdapters(image_adapter, token_adapter, dim, depth) for _ in decoder.transformer.layers
+        )
+        # Ours: one embedding per slice, the same for all its tokens, zero at first (2.5 ii, 2.6).
+        shapes = [(depth, 1, 1, encoder.width), (depth, 1, 1, dim)] if depth_embedding else [None, None]
+        embeddings = [shape and nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        self.encoder_depth_embed, self.decoder_depth_embed = embeddings
+        taps, sizes = (dim, encoder.tap_dims), (config.grid, tuple(patch), config.num_queries)
+        self.prompt_generator = PromptGenerator(*taps, *sizes, form, config.mask_prompt, encoder.scales)
+        # Ours: every query has a global class token (the release shares one), of deviation 0.02 at first.
+        self.class_tokens = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
+        self.classifier = nn.Linear(dim, config.num_classes + 1)
+
+    def forward(self, volume: Tensor) -> dict[str, Tensor]:
+        """Segment a batch of patches.
+
+        Args:
+            volume: (B, C, D, H, W), normalised. With given boxes (B, C+1, D, H, W): the last channel is the
+                label map whose boxes are given.
+        Returns:
+            class_logits (S, N, K+1), "no object" last; mask_logits (S, N, 4h, 4w); if the variant has them,
+            aux_mask_logits (S, N, H, W) and aux_boxes (S, N, 4); with given boxes, asked (S, K).
+        Raises:
+            ValueError: the channels or the patch size are not the configured ones.
+        """
+        config, given = self.config, None
+        expected = (config.num_channels + config.given_boxes, *config.patch_size)
+        if tuple(volume.shape[1:]) != expected:
+            raise ValueError(f"input is {tuple(volume.shape)}, expected (B, C, D, H, W) = {('B', *expected)}")
+        slices = volume.transpose(1, 2).flatten(0, 1)  # (S, C, H, W)
+        if config.given_boxes:
+            given = GivenBoxes.from_label_map(slices[:, -1], config.num_classes, config.num_queries)
+            slices = slices[:, :-1]
+        neck, taps = self.encode(self.stem(slices))
+        aux = self.prompt_generator(neck, taps)
+        sparse, dense, image_pe = self.encode_prompts(aux, given)
+        class_tokens = self.class_tokens + aux.pop("class_tokens")  # (S, N, width): global + auxiliary (2.6)
+        class_logits, mask_logits = self.decode(neck, image_pe, sparse, dense, class_tokens)
+        if given is not None:
+            class_logits, aux["asked"] = given.restrict(class_logits), given.asked
+        return {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
+
+    def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encode (S, 3, *encoder_size): the neck (S, width, h, w) and four taps, shallow first (fig. 3a)."""
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self.encoder(image, self.encoder_depth_embed, self.encoder_adapters, again)
+
+    def encode_prompts(self, aux: dict[str, Tensor], given: GivenBoxes | None = None) -> tuple[Tensor, ...]:
+        """Encode the generated prompts with SAM's own prompt encoder.
+
+        Args:
+            aux: outputs of the prompt generator.
+            given: boxes that replace generated ones.
+        Returns:
+            sparse (S*N, 2, width), the corners of the boxes; dense (S*N, width, h, w), the masks; image_pe
+            (1, width, h, w), the position codes of the image.
+        """
+        encoder, (rows, columns) = self.sam.prompt_encoder, self.config.encoder_size
+        # Outside autocast: in half precision the random Fourier code of a position is off by about a pixel.
+        with torch.autocast(self.class_tokens.device.type, enabled=False):
+            boxes, masks = self.prompt_generator.prompts(aux, encoder.mask_input_size, given)
+            boxes = boxes * boxes.new_tensor([columns, rows, columns, rows])  # (S, N, 4) in pixels
+            masks = None if masks is None else masks.flatten(0, 1)[:, None]  # (S*N, 1, 4h, 4w)
+            sparse, dense = encoder(points=None, boxes=boxes.flatten(0, 1), masks=masks)
+            return sparse, dense, encoder.get_dense_pe()
+
+    def decode(
+        self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, class_tokens
+    ) -> tuple[Tensor | None, Tensor]:
+        """Repeat SAM's `MaskDecoder.predict_masks` for S images with N prompts each (2.6, fig. 3c).
+
+        Args:
+            image_embeddings: (S, width, h, w), the neck.
+            image_pe, sparse_prompt_embeddings, dense_prompt_embeddings: outputs of `encode_prompts`.
+            class_tokens: (S, N, width); None leaves them out, as SAM does.
+        Returns:
+            class_logits (S, N, K+1), None without class tokens; mask_logits (S, N, 4h, 4w).
+        """
+        decoder, n = self.sam.mask_decoder, self.config.num_queries  # +
+        # (S*N, T, width): SAM's IoU token, four mask tokens, two box corners, and the class token.
+        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight], dim=0)
+        output_tokens = output_tokens.unsqueeze(0).expand(sparse_prompt_embeddings.size(0), -1, -1)
+        tokens = torch.cat((output_tokens, sparse_prompt_embeddings), dim=1)
+        if class_tokens is not None:  # +
+            tokens = torch.cat((tokens, class_tokens.flatten(0, 1)[:, None]), dim=1)  # +
+        # (S*N, width, h, w): the image of a slice, once per query, plus the mask prompt of the query.
+        src = image_embeddings[:, None] + dense_prompt_embeddings.unflatten(0, (-1, n))  # +
+        src = src.flatten(0, 1)  # +
+        b, c, h, w = src.shape
+        layers = decoder.transformer, self.decoder_adapters, self.decoder_depth_embed  # +
+        hs, src = two_way_transformer(*layers, src, image_pe, tokens, n)  # +
+        mask_tokens_out = hs[:, 1 : (1 + decoder.num_mask_tokens), :]
+        # Upscale the image and multiply it with the weights that SAM makes of a mask token.
+        src = src.transpose(1, 2).view(b, c, h, w)
+        upscaled_embedding = decoder.output_upscaling(src)
+        # Ours: mask token 0, which SAM takes too when it is asked for one mask per prompt.
+        hyper_in = decoder.output_hypernetworks_mlps[0](mask_tokens_out[:, 0, :])[:, None]  # +
+        b, c, h, w = upscaled_embedding.shape
+        masks = (hyper_in @ upscaled_embedding.view(b, c, h * w)).view(b, -1, h, w)
+        masks = masks.flatten(0, 1).unflatten(0, (-1, n))  # +
+        class_logits = None if class_tokens is None else self.classifier(hs[:, -1]).unflatten(0, (-1, n))  # +
+        return class_logits, masks  # +
+
+    @torch.no_grad()
+    def predict(self, volume: Tensor) -> Tensor:
+        """Return the semantic maps of patches (B, C, D, H, W): (B, K, D, H, W) float32 in [0, N]."""
+        outputs = self(volume)
+        logits = resize(outputs["mask_logits"].float(), self.config.patch_size[1:])
+        maps = semantic_map(outputs["class_logits"].float(), logits)  # (S, K, H, W)
+        return maps.unflatten(0, (-1, self.config.patch_size[0])).transpose(1, 2)
+
+
+def semantic_map(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
+    """Sum class probability times mask probability over the queries, as MaskFormer's semantic inference does.
+
+    Args:
+        class_logits: (S, N, K+1), "no object" last.
+        mask_logits: (S, N, H, W).
+    Returns:
+        (S, K, H, W), each value in [0, N].
+    """
+    return torch.einsum("snk,snhw->skhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
+
+
+def parts_never_read(sam: nn.Module, form: str) -> list[nn.Module]:
+    """Return the parts of SAM without a gradient: IoU, masks 1 to 3, points, one of the two dense prompts."""
+    decoder, prompts = sam.mask_decoder, sam.prompt_encoder
+    dense = prompts.mask_downscaling if form == "b" else prompts.no_mask_embed
+    others = [*decoder.output_hypernetworks_mlps[1:], *prompts.point_embeddings[:2]]
+    return [decoder.iou_prediction_head, prompts.not_a_point_embed, dense, *others]
 
 
 class EncoderBlockAdapters(nn.Module):
-    """What fig. 4c inserts into one block of SAM's ViT; the block is handed in, so that its weights have one owner.
+    """The two adapters that fig. 4c inserts into one block of SAM's ViT (2.5 iii). SAM keeps the block.
 
     Args:
-        adapter: class of the adapters. dim: width of the ViT. depth: D.
+        adapter: class of the adapters.
+        dim: width of the ViT.
+        depth: D.
     """
 
-    def __init__(self, adapter: type[VanillaAdapter], dim: int, depth: int):
+    def __init__(self, adapter: type[adapters.VanillaAdapter], dim: int, depth: int):
         super().__init__()
         self.behind_attention = adapter(dim, depth, skip=True)
         self.beside_mlp = adapter(dim, depth, skip=False)
 
     def forward(self, x: Tensor, block: nn.Module) -> Tensor:
-        """SAM's `Block.forward` with two adapters. (S, h, w, C) -> the same shape."""
-        attended = attention(block.attn, block.norm1(x), block.window_size)
-        attended = self.behind_attention(attended)  # +
-        x = x + attended
-        normed = block.norm2(x)
-        # The MLP comes last: where checkpointing computes the block again it may stop before the MLP's second layer.
-        return x + 0.5 * self.beside_mlp(normed) + block.mlp(normed)  # +
+        """Repeat SAM's `Block.forward` with two adapters. (S, h, w, width) -> the same shape."""
+        shortcut = x
+        x = block.norm1(x)
+        x = attention(block.attn, x, block.window_size)  # +
+        x = self.behind_attention(x)  # +
+        x = shortcut + x
+        # Release: the adapter beside the MLP counts half. The MLP comes last, so that a checkpointed block is
+        # computed again only up to the MLP's second layer.
+        normed = block.norm2(x)  # +
+        x = x + 0.5 * self.beside_mlp(normed)  # +
+        x = x + block.mlp(normed)  # +
+        return x
 
 
 class TinyViTBlockAdapters(EncoderBlockAdapters):
-    """The same two adapters in a transformer block of TinyViT, which norms inside its attention and its MLP."""
+    """The two adapters in a transformer block of TinyViT, which holds its norms in attention and MLP."""
 
     def forward(self, x: Tensor, block: nn.Module) -> Tensor:
-        """`TransformerBlock.forward` with two adapters. (S, h, w, C) -> the same shape."""
+        """Repeat `TransformerBlock.forward` with two adapters. (S, h, w, width) -> the same shape."""
         attended = block.attn(x)
         attended = self.behind_attention(attended)  # +
         x = block.local_conv(x + attended)
-        normed = block.mlp.norm(x)
-        return x + 0.5 * self.beside_mlp(normed) + block.mlp[1:](normed)  # +
+        normed = block.mlp.norm(x)  # +
+        x = x + 0.5 * self.beside_mlp(normed)  # +
+        return x + block.mlp[1:](normed)  # +
 
 
-# ------------------------------------------------------------------------------------------- mask decoder, 2.6, fig. 3c
+class ViTEncoder:
+    """SAM's ViT for any token grid, with a tap behind each quarter of its blocks: 2, 5, 8, 11 of ViT-B (2.3).
+
+    Ours: the position embedding is resampled. No `scales` of the taps over the grid: all taps have the grid.
+    """
+
+    block_adapters, scales = EncoderBlockAdapters, None
+
+    def __init__(self, encoder: nn.Module, grid: tuple[int, int]):
+        encoder.pos_embed = nn.Parameter(resample_position_embedding(encoder.pos_embed.detach(), grid))
+        blocks, self.encoder, self.width = list(encoder.blocks), encoder, encoder.pos_embed.shape[-1]
+        self.tap_dims, self.block_dims = [self.width] * 4, [self.width] * len(blocks)
+        ends = [len(blocks) * quarter // 4 for quarter in range(5)]
+        self.stages = [(blocks[start:end], None) for start, end in zip(ends, ends[1:])]
+
+    def __call__(self, x, depth_embed, insertions, again: bool) -> tuple[Tensor, list[Tensor]]:
+        """Repeat SAM's `ImageEncoderViT.forward` with depth embedding, adapters and taps (fig. 3a).
+
+        Args:
+            x: (S, 3, *encoder_size).
+            depth_embed: (D, 1, 1, width) or None.
+            insertions: the adapters of each block.
+            again: whether backward computes every block again, instead of keeping its activations.
+        """
+        encoder, insertions, taps = self.encoder, iter(insertions), []  # +
+        x = encoder.patch_embed(x)
+        if getattr(encoder, "pos_embed", None) is not None:  # +
+            x = x + encoder.pos_embed
+        if depth_embed is not None:  # +
+            x = (x.unflatten(0, (-1, len(depth_embed))) + depth_embed).flatten(0, 1)  # +
+        for blocks, downsample in self.stages:  # +
+            for blk in blocks:  # +
+                call = (blk, x) if isinstance(blk, ConvBlock) else (next(insertions), x, blk)  # +
+                x = checkpoint(*call, use_reentrant=False) if again else call[0](*call[1:])  # +
+            taps.append(x.permute(0, 3, 1, 2))  # +
+            x = x if downsample is None else downsample(x)  # +
+        x = encoder.neck(x.permute(0, 3, 1, 2))
+        return x, taps  # +
+
+
+class TinyViTEncoder(ViTEncoder):
+    """TinyViT. Ours: only its transformer blocks have adapters, and the taps are its stages, a pyramid."""
+
+    block_adapters, scales = TinyViTBlockAdapters, (1, 1, 1, 2, 4)
+
+    def __init__(self, encoder: TinyViT, grid: tuple[int, int]):
+        self.encoder, self.width, self.tap_dims = encoder, WIDTHS[0], list(WIDTHS)
+        self.block_dims = [dim for dim, blocks in zip(WIDTHS[1:], DEPTHS[1:]) for _ in range(blocks)]
+        self.stages = [(stage.blocks, stage.downsample) for stage in encoder.layers]
+
+
+def two_way_transformer(transformer, insertions, depth_embed, image_embedding, image_pe, point_embedding, n):
+    """Repeat SAM's `TwoWayTransformer.forward` with depth embedding (D, 1, 1, width) or None, and adapters.
+
+    image_embedding (S*N, width, h, w), image_pe (1, width, h, w), point_embedding (S*N, T, width) -> tokens
+    of the queries (S*N, T, width), tokens of the image (S*N, h*w, width).
+    """
+    bs, c, h, w = image_embedding.shape
+    image_embedding = image_embedding.flatten(2).permute(0, 2, 1)
+    image_pe = image_pe.flatten(2).permute(0, 2, 1)
+    image_pe = image_pe[None] if depth_embed is None else image_pe[None] + depth_embed  # +
+    queries = point_embedding
+    keys = image_embedding
+    for layer, insertion in zip(transformer.layers, insertions):  # +
+        queries, keys = insertion(layer, queries, keys, point_embedding, image_pe, (h, w), n)  # +
+    q = queries + point_embedding
+    k = add_position(keys, image_pe, n)  # +
+    attn_out = transformer.final_attn_token_to_image(q=q, k=k, v=keys)
+    queries = queries + attn_out
+    queries = transformer.norm_final_attn(queries)
+    return queries, keys
+
+
+def add_position(keys: Tensor, key_pe: Tensor, n: int) -> Tensor:
+    """Add position codes (1 or D, 1, h*w, width) to image tokens (B*D*n, h*w, width); no copy per query."""
+    return (keys.unflatten(0, (-1, len(key_pe), n if len(key_pe) > 1 else 1)) + key_pe).flatten(0, 2)
 
 
 class DecoderBlockAdapters(nn.Module):
-    """What fig. 3c inserts into one block of SAM's two-way transformer.
+    """The four adapters that fig. 3c inserts into one block of SAM's two-way transformer.
 
     Args:
-        image_adapter, token_adapter: classes of the adapters. dim: width of the decoder. depth: D.
+        image_adapter: class of the adapter for image tokens.
+        token_adapter: class of the adapters for prompt tokens.
+        dim: width of the decoder.
+        depth: D.
     """
 
-    def __init__(self, image_adapter: type[VanillaAdapter], token_adapter: type[VanillaAdapter], dim: int, depth: int):
+    def __init__(self, image_adapter, token_adapter, dim: int, depth: int):
         super().__init__()
         self.behind_self_attention = token_adapter(dim, depth, skip=True)
         self.behind_token_to_image = token_adapter(dim, depth, skip=True)
         self.beside_mlp = token_adapter(dim, depth, skip=False)
         self.behind_image_to_token = image_adapter(dim, depth, skip=True)
 
-    def forward(self, block, tokens, image, token_pe, image_pe, grid: tuple[int, int], n: int) -> tuple[Tensor, Tensor]:
-        """SAM's `TwoWayAttentionBlock.forward` with four adapters.
+    def forward(self, block, queries, keys, query_pe, key_pe, grid, n) -> tuple[Tensor, Tensor]:
+        """Repeat SAM's `TwoWayAttentionBlock.forward` with four adapters.
 
-        Args:
-            block: SAM's. tokens, token_pe: (S*N, T, c). image: (S*N, h*w, c). image_pe: (D or 1, 1, h*w, c).
-            grid: (h, w). n: N.
-        Returns:
-            tokens, image after the block.
+        queries and query_pe (S*N, T, width), keys (S*N, h*w, width), key_pe (1 or D, 1, h*w, width), grid
+        (h, w) -> queries and keys of the same shapes.
         """
         if block.skip_first_layer_pe:
-            tokens = self.behind_self_attention(block.self_attn(tokens, tokens, tokens), n)  # +
+            queries = block.self_attn(q=queries, k=queries, v=queries)
+            queries = self.behind_self_attention(queries, n)  # +
         else:
-            placed = tokens + token_pe
-            tokens = tokens + self.behind_self_attention(block.self_attn(placed, placed, tokens), n)  # +
-        tokens = block.norm1(tokens)
-
-        placed_image = add_position(image, image_pe, n)
-        attended = block.cross_attn_token_to_image(tokens + token_pe, placed_image, image)
-        tokens = block.norm2(tokens + self.behind_token_to_image(attended, n))  # +
-
-        tokens = block.norm3(tokens + block.mlp(tokens) + 0.5 * self.beside_mlp(tokens, n))  # +
-
-        attended = block.cross_attn_image_to_token(placed_image, tokens + token_pe, tokens)
-        attended = self.behind_image_to_token(attended.unflatten(1, grid), n).flatten(1, 2)  # +
-        return tokens, block.norm4(image + attended)
-
-
-def add_position(image: Tensor, image_pe: Tensor, n: int) -> Tensor:
-    """Add (D or 1, 1, h*w, c) position codes to (B*D*n, h*w, c) image tokens, without a copy per query."""
-    return (image.unflatten(0, (-1, image_pe.shape[0], n if image_pe.shape[0] > 1 else 1)) + image_pe).flatten(0, 2)
-
-
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-IMPOSSIBLE = -1e4  # class logit of what a query cannot be; finite, so that costs are, and within float16
-
-
-class MaskSAM(nn.Module):
-    """The whole network of fig. 2. SAM is built with random weights: `load_sam` brings the pre-trained ones.
-
-    Everything of a pre-trained SAM is frozen before anything is added. `tiny` has no pre-trained weights and trains
-    whole, but for the parts of SAM that the method never reads.
-
-    Args:
-        config: what to build.
-    """
-
-    def __init__(self, config: MaskSAMConfig):
-        super().__init__()
-        self.config = config
-        self.gradient_checkpointing = False
-        self.sam = BACKBONES[config.sam].build().train()
-        self.sam_is_frozen = BACKBONES[config.sam].file is not None
-        form, image_adapter, token_adapter, depth_embedding = VARIANTS[config.variant]
-        self.light = isinstance(self.sam.image_encoder, TinyViT)
-        self._set_encoder_size()
-        if self.sam_is_frozen:
-            self.sam.requires_grad_(False)
-        else:
-            self._freeze_what_is_never_read(form)
-
-        depth, *patch = config.patch_size
-        encoder, decoder = self.sam.image_encoder, self.sam.mask_decoder
-        neck_dim = decoder.transformer_dim
-        if self.light:  # Ours: adapters in the transformer blocks alone; one tap a stage, a pyramid as it is
-            adapters, tap_dims, scales = TinyViTBlockAdapters, list(WIDTHS), (1, 1, 1, 2, 4)
-            block_dims = [dim for dim, blocks in zip(WIDTHS[1:], DEPTHS[1:]) for _ in range(blocks)]
-        else:
-            width, blocks = encoder.pos_embed.shape[-1], len(encoder.blocks)
-            adapters, tap_dims, scales = EncoderBlockAdapters, [width] * 4, None
-            block_dims = [width] * blocks
-            # "Each three attention blocks" of ViT-B's twelve: the last block of every quarter.
-            self.tap_indices = [blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
-
-        pixels = self.sam.pixel_mean, self.sam.pixel_std, BACKBONES[config.sam].grey
-        self.stem = ModalityStem(config.num_channels, config.encoder_size, *pixels)
-        self.encoder_adapters = nn.ModuleList(adapters(image_adapter, dim, depth) for dim in block_dims)
-        self.decoder_adapters = nn.ModuleList(
-            DecoderBlockAdapters(image_adapter, token_adapter, neck_dim, depth) for _ in decoder.transformer.layers
-        )
-        # Learnable depth embeddings, zero at first, of the encoder's and of the decoder's image tokens.
-        self.encoder_depth_embed = nn.Parameter(torch.zeros(depth, 1, 1, tap_dims[0])) if depth_embedding else None
-        self.decoder_depth_embed = nn.Parameter(torch.zeros(depth, 1, 1, neck_dim)) if depth_embedding else None
-        self.prompt_generator = PromptGenerator(
-            neck_dim, tap_dims, config.grid, tuple(patch), config.num_queries, form, config.mask_prompt, scales
-        )
-        # Ours: one global class token per query; the release shares one.
-        self.class_tokens = nn.Parameter(torch.randn(config.num_queries, neck_dim) * 0.02)
-        self.classifier = nn.Linear(neck_dim, config.num_classes + 1)
-
-    def _set_encoder_size(self) -> None:
-        """Let SAM work at another size than its own: sizes of its prompt encoder, resampled position embedding."""
-        size, grid = self.config.encoder_size, self.config.grid
-        prompt_encoder, encoder = self.sam.prompt_encoder, self.sam.image_encoder
-        prompt_encoder.input_image_size, prompt_encoder.image_embedding_size = size, grid
-        prompt_encoder.mask_input_size = (4 * grid[0], 4 * grid[1])
-        if not self.light:  # TinyViT has no absolute positions
-            encoder.pos_embed = nn.Parameter(resample_position_embedding(encoder.pos_embed.detach(), grid))
-
-    def _freeze_what_is_never_read(self, form: str) -> None:
-        """Parts of SAM without a place in the method would otherwise be trainable and never get a gradient."""
-        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
-        unread = [decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps[1:], *prompts.point_embeddings[:2]]
-        unread += [prompts.not_a_point_embed, prompts.mask_downscaling if form == "b" else prompts.no_mask_embed]
-        for module in unread:
-            module.requires_grad_(False)
-
-    def forward(self, volume: Tensor) -> dict[str, Tensor]:
-        """Segment a batch of patches.
-
-        Args:
-            volume: (B, C, D, H, W), normalised, of the configured patch size. With given boxes (B, C+1, D, H, W): the
-                last channel is a label map, whose segments' boxes they are.
-        Returns:
-            class_logits (S, N, K+1) and mask_logits (S, N, 4h, 4w); as the variant makes them aux_mask_logits
-            (S, N, H, W) and aux_boxes (S, N, 4). The no-object class is the last.
-        Raises:
-            ValueError: channels or patch size differ from the configuration.
-        """
-        boxes_are_given = self.config.prompts == "boxes"
-        expected = (self.config.num_channels + boxes_are_given, *self.config.patch_size)
-        if tuple(volume.shape[1:]) != expected:
-            raise ValueError(f"input is {tuple(volume.shape)}, expected (B, C, D, H, W) = (B, {str(expected)[1:]}")
-        slices = volume.transpose(1, 2).flatten(0, 1)
-        given = None
-        if boxes_are_given:
-            given, allowed = boxes_of_classes(slices[:, -1], self.config.num_classes, self.config.num_queries)
-            slices = slices[:, :-1]
-        neck, taps = self.encode(self.stem(slices))
-        aux = self.prompt_generator(neck, taps)
-        sparse, dense, image_pe = self.encode_prompts(aux, given)
-        class_tokens = self.class_tokens + aux.pop("class_tokens")
-        class_logits, mask_logits = self.decode(neck, image_pe, sparse, dense, class_tokens)
-        if boxes_are_given:
-            class_logits = class_logits.masked_fill(~allowed, IMPOSSIBLE)
-        return {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
-
-    def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """SAM's `ImageEncoderViT.forward` with depth embedding and adapters (fig. 3a).
-
-        Args:
-            image: (S, 3, *encoder_size).
-        Returns:
-            neck (S, c, h, w) and the four taps (S, width, h, w); those of TinyViT have 4, 2, 1 and 1 times h and w.
-        """
-        encoder = self.sam.image_encoder
-        if self.light:
-            return self._encode_light(image)
-        x = encoder.patch_embed(image) + encoder.pos_embed
-        x = self._add_depth_embedding(x)  # +
-        taps = []
-        for index, (block, adapters) in enumerate(zip(encoder.blocks, self.encoder_adapters)):
-            x = self._run(adapters, x, block)
-            if index in self.tap_indices:
-                taps.append(x.permute(0, 3, 1, 2))  # +
-        return encoder.neck(x.permute(0, 3, 1, 2)), taps
-
-    def _encode_light(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`TinyViT.forward` with the same insertions."""
-        encoder = self.sam.image_encoder
-        x = encoder.patch_embed(image)
-        x = self._add_depth_embedding(x)  # +
-        adapters, taps = iter(self.encoder_adapters), []
-        for stage in encoder.layers:
-            for block in stage.blocks:
-                x = self._run(block, x) if isinstance(block, ConvBlock) else self._run(next(adapters), x, block)
-            taps.append(x.permute(0, 3, 1, 2))  # +
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return encoder.neck(x.permute(0, 3, 1, 2)), taps
-
-    def _add_depth_embedding(self, x: Tensor) -> Tensor:
-        if self.encoder_depth_embed is None:
-            return x
-        return (x.unflatten(0, (-1, self.config.patch_size[0])) + self.encoder_depth_embed).flatten(0, 1)
-
-    def _run(self, block: nn.Module, *inputs) -> Tensor:
-        """Call a block, which is computed again in backward where checkpointing is on."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    def encode_prompts(self, aux: dict[str, Tensor], given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """SAM's prompt encoder, unchanged, on the generated prompts.
-
-        Outside autocast: in half precision the random Fourier code of a position is off by about a pixel.
-
-        Args:
-            aux: of the prompt generator. given: boxes as in `PromptGenerator.prompts`.
-        Returns:
-            sparse (S*N, 2, c), the two box corners; dense (S*N, c, h, w); position code of the image (1, c, h, w).
-        """
-        encoder = self.sam.prompt_encoder
-        with torch.autocast(self.class_tokens.device.type, enabled=False):
-            boxes, masks = self.prompt_generator.prompts(aux, encoder.mask_input_size, given)
-            rows, columns = self.config.encoder_size
-            boxes = boxes * boxes.new_tensor([columns, rows, columns, rows])
-            masks = None if masks is None else masks.flatten(0, 1)[:, None]
-            sparse, dense = encoder(points=None, boxes=boxes.flatten(0, 1), masks=masks)
-            return sparse, dense, encoder.get_dense_pe()
-
-    def decode(
-        self, neck: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, class_tokens: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """SAM's `MaskDecoder.predict_masks` for S images with N prompts each, with class tokens and adapters (fig. 3c).
-
-        Args:
-            neck: (S, c, h, w). image_pe: (1, c, h, w). sparse: (S*N, 2, c). dense: (S*N, c, h, w).
-            class_tokens: (S, N, c), or None to leave them out, as SAM does.
-        Returns:
-            class_logits (S, N, K+1), or None; mask_logits (S, N, 4h, 4w), SAM's mask 0.
-        """
-        decoder, transformer = self.sam.mask_decoder, self.sam.mask_decoder.transformer
-        slices, grid = neck.shape[0], neck.shape[-2:]
-        n = dense.shape[0] // slices
-        own_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(slices * n, -1, -1)
-        parts = [own_tokens, sparse]
-        if class_tokens is not None:
-            parts.append(class_tokens.flatten(0, 1)[:, None])  # +
-        token_pe = tokens = torch.cat([part.to(neck.dtype) for part in parts], dim=1)
-        image = (neck[:, None] + dense.unflatten(0, (slices, n))).flatten(0, 1).flatten(2).mT
-        image_pe = image_pe.flatten(2).mT[None]
-        if self.decoder_depth_embed is not None:
-            image_pe = image_pe + self.decoder_depth_embed  # +
-
-        for block, adapters in zip(transformer.layers, self.decoder_adapters):
-            tokens, image = adapters(block, tokens, image, token_pe, image_pe, grid, n)
-        attended = transformer.final_attn_token_to_image(tokens + token_pe, add_position(image, image_pe, n), image)
-        tokens = transformer.norm_final_attn(tokens + attended)
-
-        upscaled = decoder.output_upscaling(image.mT.unflatten(2, grid))
-        mask_weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])
-        mask_logits = torch.einsum("rc,rchw->rhw", mask_weights, upscaled).unflatten(0, (slices, n))
-        class_logits = None if class_tokens is None else self.classifier(tokens[:, -1]).unflatten(0, (slices, n))  # +
-        return class_logits, mask_logits
-
-    @torch.no_grad()
-    def predict(self, volume: Tensor) -> Tensor:
-        """Semantic maps of a batch of patches on their own grid.
-
-        Args:
-            volume: (B, C, D, H, W).
-        Returns:
-            (B, K, D, H, W) float32 in [0, N], not normalised over classes.
-        """
-        outputs = self(volume)
-        logits = resize(outputs["mask_logits"].float(), self.config.patch_size[1:])
-        maps = semantic_map(outputs["class_logits"].float(), logits)
-        return maps.unflatten(0, (-1, self.config.patch_size[0])).transpose(1, 2)
+            q = queries + query_pe
+            attn_out = block.self_attn(q=q, k=q, v=queries)
+            attn_out = self.behind_self_attention(attn_out, n)  # +
+            queries = queries + attn_out
+        queries = block.norm1(queries)
+        # Tokens attend to the image.
+        q = queries + query_pe
+        k = add_position(keys, key_pe, n)  # +
+        attn_out = block.cross_attn_token_to_image(q=q, k=k, v=keys)
+        attn_out = self.behind_token_to_image(attn_out, n)  # +
+        queries = queries + attn_out
+        queries = block.norm2(queries)
+        # Release: the adapter beside the MLP counts half.
+        mlp_in = queries  # +
+        mlp_out = block.mlp(queries)
+        queries = queries + mlp_out
+        queries = queries + 0.5 * self.beside_mlp(mlp_in, n)  # +
+        queries = block.norm3(queries)
+        # The image attends to tokens. SAM makes k again here, of the same keys.
+        q = queries + query_pe
+        attn_out = block.cross_attn_image_to_token(q=k, k=q, v=queries)
+        attn_out = self.behind_image_to_token(attn_out.unflatten(1, grid), n).flatten(1, 2)  # +
+        keys = keys + attn_out
+        keys = block.norm4(keys)
+        return queries, keys
 
 
-def semantic_map(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
-    """Sum over queries of class probability times mask probability (MaskFormer's semantic inference).
-
-    Args:
-        class_logits: (S, N, K+1), no-object last. mask_logits: (S, N, H, W).
-    Returns:
-        (S, K, H, W), each at most N.
-    """
-    return torch.einsum("snk,snhw->skhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
-
-
-def count_parameters(model: MaskSAM) -> dict[str, tuple[int, int]]:
-    """Parameters by component (table 5), those of SAM with its modules' names.
-
-    Returns:
-        component -> (trainable, frozen).
-    """
-    counts: dict[str, tuple[int, int]] = {}
-    for name, parameter in model.named_parameters():
-        first, second = (name.split(".") + [""])[:2]
-        component = f"sam.{second}" if first == "sam" else first
-        trainable, frozen = counts.get(component, (0, 0))
-        size = parameter.numel()
-        counts[component] = (trainable + size, frozen) if parameter.requires_grad else (trainable, frozen + size)
-    return counts
+# Table 4: form of the prompts (fig. 5), adapter for image tokens, adapter for prompt tokens, depth embedding.
+VARIANTS = {
+    "b1": ("a", adapters.VanillaAdapter, adapters.VanillaAdapter, False),
+    "b2": ("b", adapters.VanillaAdapter, adapters.VanillaAdapter, False),
+    "b3": ("c", adapters.VanillaAdapter, adapters.VanillaAdapter, False),
+    "b4": ("d", adapters.VanillaAdapter, adapters.VanillaAdapter, False),
+    "b5": ("d", adapters.VanillaAdapter, adapters.VanillaAdapter, True),
+    "b6": ("d", adapters.DepthMLPAfterUpAdapter, adapters.DepthMLPAfterUpAdapter, True),
+    "b7": ("d", adapters.DepthMLPBeforeDownAdapter, adapters.DepthMLPBeforeDownAdapter, True),
+    "b8": ("d", adapters.DepthMLPAdapter, adapters.DepthMLPAdapter, True),
+    "b9": ("d", adapters.DepthConvAdapter, adapters.DepthMLPAdapter, True),
+}
 
 
-# ---- weights
+@dataclasses.dataclass(frozen=True)
+class MaskSAMConfig:
+    """The settings that travel with the weights; the defaults are those of the ACDC preset.
 
-
-def load_sam(model: MaskSAM, path: str | Path) -> None:
-    """Load SAM's own weights, strictly; its position embedding is resampled to the encoder's size.
-
-    Args:
-        path: a state dict as `segment-anything` publishes it.
     Raises:
-        ValueError: not a state dict of this backbone.
+        ValueError: no model can have these values.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not model.light:
-            state["image_encoder.pos_embed"] = resample_position_embedding(
-                state["image_encoder.pos_embed"], model.config.grid
+
+    sam: str = "vit_b"  # key of BACKBONES
+    variant: str = "b9"  # key of VARIANTS
+    num_channels: int = 1  # C
+    num_classes: int = 4  # K, with background
+    num_queries: int = 8  # N
+    patch_size: tuple[int, int, int] = (4, 256, 256)  # (D, H, W) in voxels
+    encoder_size: tuple[int, int] = (
+        1024,
+        1024,
+    )  # (rows, columns) in pixels, multiples of the backbone's stride
+    mask_prompt: str = "logits"  # or "binary": the mask prompt that SAM gets
+    given_boxes: bool = False  # the boxes of the classes are given, in training and in use
+
+    def __post_init__(self):
+        for name, known in (("sam", BACKBONES), ("variant", VARIANTS), ("mask_prompt", ("logits", "binary"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name, length, multiple in (("patch_size", 3, 1), ("encoder_size", 2, BACKBONES[self.sam].stride)):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)  # a list from a file or the command line becomes a tuple
+            if len(value) != length or any(side < 1 or side % multiple for side in value):
+                raise ValueError(f"{name} is {value}, expected {length} positive multiples of {multiple}")
+        if self.num_classes < 2 or self.num_queries < 1 or self.num_channels < 1:
+            raise ValueError(f"expected at least 2 classes, 1 query and 1 channel, found {self}")
+        if self.given_boxes and self.num_queries < self.num_classes:
+            raise ValueError(
+                f"found {self.num_queries} queries, expected {self.num_classes} or more: one per class"
             )
-        model.sam.load_state_dict(state, strict=True)
-    except Exception as error:  # whatever a wrong file does to unpickling, look-up or shapes, the answer is one
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{path} does not hold SAM {model.config.sam}: {' '.join(reason[:3])[:300]} ... expected the file "
-            f"{BACKBONES[model.config.sam].file}, or its like; choose another backbone with --sam"
-        ) from error
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The token grid of the encoder, (h, w)."""
+        stride = BACKBONES[self.sam].stride
+        return self.encoder_size[0] // stride, self.encoder_size[1] // stride
 
 
 def build_model(config: MaskSAMConfig, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
-    """Build MaskSAM around pre-trained SAM.
+    """Build MaskSAM around the pre-trained SAM.
 
+    Args:
+        config: sizes and variant.
+        sam_checkpoint: SAM's file, if it is not in torch's cache.
     Returns:
-        The model, and SAM's name and its file's sha256 (None for `tiny`), which a checkpoint records.
+        The model; SAM's name and the sha256 of its file (None for `tiny`), which a checkpoint records.
     """
     path = find_sam_file(config.sam, sam_checkpoint)
     model = MaskSAM(config)
@@ -512,25 +482,54 @@ def build_model(config: MaskSAMConfig, sam_checkpoint: str | Path | None = None)
     return model, {"name": config.sam, "sha256": None if path is None else file_sha256(path)}
 
 
+def load_sam(model: MaskSAM, path: str | Path) -> None:
+    """Load SAM's file strictly, with resampled position embedding. Raise ValueError for any other file."""
+    name, positions = model.config.sam, "image_encoder.pos_embed"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if positions in state:  # TinyViT has none
+            state[positions] = resample_position_embedding(state[positions], model.config.grid)
+        model.sam.load_state_dict(state, strict=True)
+    except Exception as error:  # a wrong file fails in unpickling, in look-up or in shapes
+        reason = " ".join(str(error).strip().splitlines()[:3])[:300]
+        raise ValueError(
+            f"{path} does not hold SAM {name}: {reason} ... expected the file {BACKBONES[name].file}, or one "
+            "with the same tensors; choose another backbone with --sam"
+        ) from error
+
+
 def trained_state(model: MaskSAM) -> dict[str, Tensor]:
-    """The state dict without a frozen SAM: what training made, and all that a checkpoint must hold."""
-    return {key: value for key, value in model.state_dict().items() if not (model.sam_is_frozen and key[:4] == "sam.")}
+    """Return the state dict without a frozen SAM: the tensors that a checkpoint must hold."""
+    state = model.state_dict()
+    return {key: state[key] for key in state if not (model.sam_is_frozen and key.startswith("sam."))}
+
+
+def load_trained_state(model: MaskSAM, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load the result of `trained_state`, strictly. Raise ValueError with a tensor of `path` that differs."""
+    own = trained_state(model)
+    wrong = sorted(state.keys() ^ own.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model: {len(wrong)} tensors differ, such as {wrong[0]}")
+    model.load_state_dict(state, strict=False)
 
 
 def checkpoint_content(model: MaskSAM, sam: dict, plan: dict) -> dict:
-    """What a checkpoint holds of a model: configuration, SAM by name and sha256, plan of the data, what trains."""
-    return {"config": dataclasses.asdict(model.config), "sam": sam, "plan": plan, "state": trained_state(model)}
+    """Return the parts of a checkpoint from which `load_checkpoint` rebuilds the model."""
+    config = dataclasses.asdict(model.config)
+    return {"config": config, "sam": sam, "plan": plan, "state": trained_state(model)}
 
 
 def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
     """Rebuild a trained model from its checkpoint and SAM's own file.
 
     Args:
-        path: of `save_checkpoint`. sam_checkpoint: SAM's file where it is not in the cache.
+        path: a checkpoint of train.py.
+        sam_checkpoint: SAM's file, if it is not in torch's cache.
     Returns:
-        The model in evaluation mode on the CPU, and everything else that was saved.
+        The model in evaluation mode on the CPU; the rest of the checkpoint.
     Raises:
-        FileNotFoundError: no such file. ValueError: not a checkpoint of this code, or made on another SAM file.
+        FileNotFoundError: no such file.
+        ValueError: it is no checkpoint of this code, or SAM's file is not the one of the training.
     """
     content = read_checkpoint(path)
     try:
@@ -540,17 +539,19 @@ def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) 
     model, sam = build_model(config, sam_checkpoint)
     if sam["sha256"] != content["sam"]["sha256"]:
         raise ValueError(
-            f"{path} was trained on SAM {content['sam']['name']} with sha256 {content['sam']['sha256']}, "
-            f"found {sam['sha256']}: pass the right file with --sam-checkpoint"
+            f"{path} was trained with SAM {sam['name']} of sha256 {content['sam']['sha256']}, found "
+            f"{sam['sha256']}: pass the right file with --sam-checkpoint"
         )
     load_trained_state(model, content.pop("state"), path)
     return model.eval(), content
 
 
-def load_trained_state(model: MaskSAM, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load what `trained_state` gave, strictly. Raises ValueError with the keys or shapes that differ."""
-    own = trained_state(model)
-    wrong = sorted(state.keys() ^ own.keys()) or [key for key in own if own[key].shape != state[key].shape]
-    if wrong:
-        raise ValueError(f"{path} does not fit the model: {len(wrong)} tensors differ, such as {wrong[0]}")
-    model.load_state_dict(state, strict=False)
+def count_parameters(model: MaskSAM) -> dict[str, tuple[int, int]]:
+    """Count parameters as table 5: component -> (trainable, frozen). SAM has a component per module."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        component = ".".join(name.split(".")[: 2 if name.startswith("sam.") else 1])
+        trainable, frozen = counts.get(component, (0, 0))
+        own = parameter.numel() if parameter.requires_grad else 0
+        counts[component] = (trainable + own, frozen + parameter.numel() - own)
+    return counts

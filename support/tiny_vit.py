@@ -1,19 +1,16 @@
-"""TinyViT, the image encoder of MobileSAM and of LiteMedSAM, the light members of the SAM family (for paper 2.1).
+"""TinyViT, the light image encoder of MobileSAM and LiteMedSAM, in the place of SAM's ViT (for paper 2.1).
 
-    image ── patch_embed ── stage 0 ── merge ── stage 1 ── merge ── stage 2 ── merge ── stage 3 ── neck ──> as SAM's ViT
-             scale          1/4               1/8               1/16              1/16
-             width          64                128               160               320           256
-             blocks         2 convolutional   2, windows of 7   6, windows of 14  2, windows of 7
+    image -> patch_embed -> stage 0 -> merge -> stage 1 -> merge -> stage 2 -> merge -> stage 3 -> neck
+             scale          1/4                 1/8                 1/16                1/16
+             width          64                  128                 160                 320        256
+             blocks         2 of convolutions   2, windows of 7     6, windows of 14    2, windows of 7
 
-From K. Wu et al., TinyViT, ECCV 2022, as changed by C. Zhang et al., Faster Segment Anything (MobileSAM), 2023: the
-last merge keeps the resolution, and SAM's neck follows. LiteMedSAM (github.com/bowang-lab/MedSAM, branch LiteMedSAM)
-embeds every pixel instead of 4 x 4 pixels: its 256 pixels a side give the 64 x 64 tokens of MobileSAM's 1024, and its
-scales are 1, 1/2, 1/4, 1/4.
+Source: K. Wu et al., TinyViT, ECCV 2022, as changed by C. Zhang et al., Faster Segment Anything (MobileSAM),
+2023: the last merge keeps the resolution, and SAM's neck follows. LiteMedSAM (github.com/bowang-lab/MedSAM)
+makes a token of every pixel, not of 4 x 4 pixels, so its scales are 1, 1/2, 1/4, 1/4.
 
-Attribute names are those of the published files, which load strictly. Features are (S, h, w, C): with channels
-innermost in memory a token is a vector for the linear layers, and the convolutions run faster.
-
-Letters: S images, h w token grid, C channels, R windows, T = window * window tokens.
+Attribute names are those of the published files, which load strictly. Features are (S, h, w, C): with the
+channels innermost in memory, a token is a vector for the linear layers, and the convolutions are faster.
 """
 
 from collections import OrderedDict
@@ -26,14 +23,17 @@ WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (None, 4, 5,
 
 
 class ConvNorm(nn.Module):
-    """Convolution and batch norm, on (S, h, w, C).
+    """A convolution and a batch norm, on (S, h, w, C).
 
-    Ours: the norm always takes its stored statistics, in training too (the backbone is frozen), so it is a factor and
-    an offset of the convolution: one operation, and no activation kept between the two.
+    Ours: the norm uses its stored statistics in training too, as the backbone is frozen. It is then a factor
+    and an offset of the convolution: one operation, with no activation kept in between.
 
     Args:
-        in_dim, out_dim: channels. kernel_size: odd, padded to keep the size. stride: of the convolution.
-        groups: `out_dim` for a depth-wise convolution.
+        in_dim: input channels.
+        out_dim: output channels.
+        kernel_size: odd; the padding keeps the size.
+        stride: of the convolution.
+        groups: 1, or `out_dim` for a depth-wise convolution.
     """
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
@@ -51,17 +51,15 @@ class ConvNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Two convolutions from pixels to the first tokens.
-
-    Args:
-        dim: width of the tokens. patch: 4, a token per 4 x 4 pixels, or 1, a token per pixel.
-    """
+    """Two convolutions from pixels to tokens of width `dim`, one per patch x patch pixels (4 or 1)."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
         kernel_size, stride = {4: (3, 2), 1: (1, 1)}[patch]
         self.seq = nn.Sequential(
-            ConvNorm(3, dim // 2, kernel_size, stride), nn.GELU(), ConvNorm(dim // 2, dim, kernel_size, stride)
+            ConvNorm(3, dim // 2, kernel_size, stride),
+            nn.GELU(),
+            ConvNorm(dim // 2, dim, kernel_size, stride),
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Inverted bottleneck of convolutions with a skip, the block of stage 0 (MobileNet's, with GELU)."""
+    """The block of stage 0: an inverted bottleneck of convolutions with a skip, as MobileNet's, with GELU."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -84,7 +82,7 @@ class ConvBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """The way from a stage to the next: other channels, and half the resolution where the stride is 2."""
+    """The layer between two stages: it changes the channels and, with stride 2, halves the resolution."""
 
     def __init__(self, in_dim: int, out_dim: int, stride: int):
         super().__init__()
@@ -98,11 +96,7 @@ class Merge(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside square windows, with a learnt bias per head and distance |dy|, |dx|.
-
-    Args:
-        dim: C. heads: number of heads. window: side of a window in tokens.
-    """
+    """Attention in windows of window x window tokens; each head has a learnt bias per distance |dy|, |dx|."""
 
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
@@ -114,20 +108,20 @@ class WindowAttention(nn.Module):
         rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
         rows, columns = rows.flatten(), columns.flatten()
         distance = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
-        self.register_buffer("distance", distance, persistent=False)  # (T, T), index into the biases
+        self.register_buffer("distance", distance, persistent=False)  # (T, T) for T = window * window tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        """(S, h, w, C) -> the same shape. Whole windows are made by zeros before the norm, which are attended to."""
+        """(S, h, w, C) -> same. Zeros before the norm fill the last windows and take part in attention."""
         h, w = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -w % self.window, 0, -h % self.window))
         rows, columns = x.shape[1] // self.window, x.shape[2] // self.window
         x = x.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
-        x = self.attend(x.flatten(3, 4).flatten(0, 2))  # (S, rows, columns, T, C) -> (R, T, C)
+        x = self.attend(x.flatten(3, 4).flatten(0, 2))  # (S, rows, columns, T, C) -> (S*rows*columns, T, C)
         x = x.unflatten(0, (-1, rows, columns)).unflatten(3, (self.window, self.window)).transpose(2, 3)
         return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
 
     def attend(self, x: Tensor) -> Tensor:
-        """(R, T, C) -> the same shape, each window on its own."""
+        """Attend inside each window. (R, T, C) for R windows -> the same shape."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.heads, 3, -1))
         query, key, value = qkv.permute(3, 0, 2, 1, 4)  # (R, heads, T, C / heads) each
         scores = query * query.shape[-1] ** -0.5 @ key.mT + self.attention_biases[:, self.distance].to(query)
@@ -135,11 +129,7 @@ class WindowAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Window attention, depth-wise 3 x 3 convolution (across windows, without a skip), MLP.
-
-    Args:
-        dim: C. heads, window: of the attention.
-    """
+    """Window attention, a depth-wise 3 x 3 convolution across windows (without a skip), and an MLP."""
 
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
@@ -150,12 +140,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, h, w, C) -> the same shape."""
-        x = self.local_conv(x + self.attn(x))
+        attended = self.attn(x)
+        x = self.local_conv(x + attended)
         return x + self.mlp(x)
 
 
 class Stage(nn.Module):
-    """Blocks of one width; `downsample` leads to the next stage and is missing in the last."""
+    """Blocks of one width, and `downsample`, the merge to the next stage; the last stage has none."""
 
     def __init__(self, blocks: list[nn.Module], merge: Merge | None):
         super().__init__()
@@ -172,11 +163,13 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class TinyViT(nn.Module):
-    """The image encoder, in SAM's place. It has no absolute positions and serves every size that 4 * patch divides.
+    """The image encoder. It has no absolute positions and takes every size that 4 * patch divides.
 
     Args:
-        img_size: side in pixels that it was trained at; SAM's `preprocess` pads to it. patch: see `PatchEmbed`.
-        out_chans: channels of the neck. num_classes: of a classifier that is never read but lies in MobileSAM's file.
+        img_size: side of the pictures of its training in pixels; SAM's `preprocess` pads to it.
+        patch: see `PatchEmbed`.
+        out_chans: channels of the neck.
+        num_classes: of a classifier that is never read; MobileSAM's file has one.
     """
 
     def __init__(self, img_size: int = 1024, patch: int = 4, out_chans: int = 256, num_classes: int = 0):
@@ -185,8 +178,10 @@ class TinyViT(nn.Module):
         self.patch_embed = PatchEmbed(WIDTHS[0], patch)
         self.layers = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(WIDTHS, DEPTHS)):
-            blocks = [TransformerBlock(dim, HEADS[i], WINDOWS[i]) if i else ConvBlock(dim) for _ in range(depth)]
-            self.layers.append(Stage(blocks, Merge(dim, WIDTHS[i + 1], 1 if i == 2 else 2) if i < 3 else None))
+            kind, sizes = (TransformerBlock, (dim, HEADS[i], WINDOWS[i])) if i else (ConvBlock, (dim,))
+            blocks = [kind(*sizes) for _ in range(depth)]
+            merge = Merge(dim, WIDTHS[i + 1], 1 if i == 2 else 2) if i < 3 else None
+            self.layers.append(Stage(blocks, merge))
         if num_classes:
             self.norm_head, self.head = nn.LayerNorm(WIDTHS[-1]), nn.Linear(WIDTHS[-1], num_classes)
         self.neck = nn.Sequential(
