@@ -9,9 +9,10 @@
                      conv to N auxiliary masks    all levels pooled to (2, 2) -> MLP -> N boxes
                                                   all levels pooled to (1, 1) -> MLP -> N class tokens
 
-SAM's prompt encoder gets one box and one mask per query, in one of the four forms of fig. 5. `GivenBoxes`
-are the boxes of a label map; they replace generated ones ("MaskSAM (Ours) bbox" in table 2). Usage: `aux = generator(neck, taps)`, and then
-`boxes, masks = generator.prompts(aux, mask_size=(4 * h, 4 * w))`.
+SAM's prompt encoder gets one box and one mask per query, in one of the four forms of fig. 5. `GivenBoxes` are
+the boxes of a label map; they replace generated ones ("MaskSAM (Ours) bbox" in table 2). Usage:
+
+    boxes, masks = generator.prompts(generator(neck, taps), mask_size=(4 * h, 4 * w))
 """
 
 import math
@@ -22,8 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matcher import masks_to_boxes
-
-IMPOSSIBLE = -1e4  # Ours: the logit that rules a class out; costs stay finite, and float16 can hold it
 
 
 class GivenBoxes(NamedTuple):
@@ -55,7 +54,8 @@ class GivenBoxes(NamedTuple):
 
     def restrict(self, class_logits: Tensor) -> Tensor:
         """Rule out the classes that a query may not have. (S, N, K+1) logits -> same."""
-        return class_logits.masked_fill(~self.allowed, IMPOSSIBLE)
+        impossible = -1e4  # Ours: finite, so that costs stay finite, and within the range of float16
+        return class_logits.masked_fill(~self.allowed, impossible)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

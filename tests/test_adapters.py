@@ -1,4 +1,4 @@
-"""Claims about the bottleneck adapters (paper 2.4, fig. 4; table 4): silent at first, and what reaches what."""
+"""Claims about the bottleneck adapters (paper 2.4, fig. 4, table 4)."""
 
 import itertools
 
@@ -7,156 +7,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters import (
-    DepthConv,
-    DepthConvAdapter,
-    DepthMLP,
-    DepthMLPAdapter,
-    DepthMLPAfterUpAdapter,
-    DepthMLPBeforeDownAdapter,
-    VanillaAdapter,
-)
+import adapters
+from adapters import DepthConvAdapter, DepthMLPAdapter, VanillaAdapter
 
-KINDS = [VanillaAdapter, DepthMLPAdapter, DepthConvAdapter, DepthMLPAfterUpAdapter, DepthMLPBeforeDownAdapter]
+B6, B7 = adapters.DepthMLPAfterUpAdapter, adapters.DepthMLPBeforeDownAdapter
 B, D, N, H, W, C = 2, 4, 3, 4, 5, 16
+all_kinds = pytest.mark.parametrize("kind", [VanillaAdapter, DepthMLPAdapter, DepthConvAdapter, B6, B7])
+close = torch.testing.assert_close
 
 
-def rows(seed: int = 0, depth: int = D) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(B * depth * N, H, W, C, dtype=torch.float64, generator=generator)
+def rows(depth: int = D) -> Tensor:
+    return torch.randn(
+        B * depth * N, H, W, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """In float64 and without a silent layer."""
     torch.manual_seed(0)
-    module = module.double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5)
+    for parameter in module.double().parameters():
+        nn.init.normal_(parameter, std=0.5)
     return module
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_fresh_adapter_is_the_identity_with_skip_and_nothing_without(kind):
-    x = rows()
-    assert torch.equal(kind(C, D, skip=True).double()(x, N), x)
-    assert torch.equal(kind(C, D, skip=False).double()(x, N), torch.zeros_like(x))
+@all_kinds
+def test_a_fresh_adapter_returns_its_input_and_zeros_without_its_skip(kind):
+    adapter, without = kind(C, D).double(), kind(C, D, skip=False).double()
+    assert adapter.down.out_features == C // 4
+    assert torch.equal(adapter(rows(), N), rows()) and not without(rows(), N).any()
+    awake, awake_without = randomised(adapter), randomised(without)
+    close(awake(rows(), N), rows() + awake_without(rows(), N))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_skip_adds_the_input_once(kind):
-    with_skip, without = randomised(kind(C, D, skip=True)), randomised(kind(C, D, skip=False))
-    torch.testing.assert_close(with_skip(rows(), N), rows() + without(rows(), N))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bottleneck_is_a_quarter_wide(kind):
-    adapter = kind(C, D)
-    assert adapter.down.weight.shape == (C // 4, C) and adapter.up.weight.shape == (C, C // 4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_impulse_reaches_exactly_what_the_paper_says(kind):
-    adapter = randomised(kind(C, D))
-    x = rows()
-    before = adapter(x, N).unflatten(0, (B, D, N))
-    b, n, y, column = 1, 1, 1, 2
+@all_kinds
+def test_an_impulse_reaches_exactly_the_voxels_that_the_paper_says(kind):
+    adapter, b, n, y, x = randomised(kind(C, D)), 1, 1, 1, 2
+    before = adapter(rows(), N)
     for d in range(D):
-        moved = x.clone()
-        moved.unflatten(0, (B, D, N))[b, d, n, y, column] += 1
-        after = adapter(moved, N).unflatten(0, (B, D, N))
+        moved = rows()
+        moved.unflatten(0, (B, D, N))[b, d, n, y, x] += 1
+        change = (adapter(moved, N) - before).abs().amax(-1).unflatten(0, (B, D, N))
         reached = torch.zeros(B, D, N, H, W, dtype=torch.bool)
-        if kind is VanillaAdapter:  # nothing but itself
-            reached[b, d, n, y, column] = True
-        elif kind is DepthConvAdapter:  # 3 x 3 x 3 around it, in its volume and its query
-            reached[b, max(d - 1, 0) : d + 2, n, y - 1 : y + 2, column - 1 : column + 2] = True
-        else:  # its place in every slice
-            reached[b, :, n, y, column] = True
-        assert torch.equal((after - before).abs().amax(-1) > 1e-9, reached)
-        # float64, the same kernels on the same shapes: what is not reached moves by rounding at most
-        assert (after - before)[~reached].abs().max() < 1e-13
+        if kind is DepthConvAdapter:  # 3 x 3 x 3 around it, in its own volume and its own query
+            reached[b, max(d - 1, 0) : d + 2, n, y - 1 : y + 2, x - 1 : x + 2] = True
+        else:  # its place: in its own slice, or in every slice of its volume
+            reached[b, d if kind is VanillaAdapter else slice(None), n, y, x] = True
+        assert torch.equal(change > 1e-9, reached) and change[~reached].max() < 1e-13  # float64 rounding
 
 
-def test_depth_conv_equals_a_loop_over_voxels():
-    channels = C // 4
-    layer = randomised(DepthConv(channels, D))
-    x = rows()[..., :channels]
-    volumes = x.unflatten(0, (B, D, N))
-    expected = torch.zeros_like(volumes)
-    weight, bias = layer.conv.weight.detach()[:, 0], layer.conv.bias.detach()
-    for z, y, column in itertools.product(range(D), range(H), range(W)):
-        total = bias.expand(B, N, channels).clone()
-        for i, j, k in itertools.product(range(3), repeat=3):
-            at = z + i - 1, y + j - 1, column + k - 1
-            if 0 <= at[0] < D and 0 <= at[1] < H and 0 <= at[2] < W:
-                total += volumes[:, at[0], :, at[1], at[2]] * weight[:, i, j, k]
-        normed = F.layer_norm(total, (channels,), layer.norm.weight, layer.norm.bias)
-        expected[:, z, :, y, column] = volumes[:, z, :, y, column] + F.gelu(normed)
-    torch.testing.assert_close(layer(x, N), expected.flatten(0, 2))
+@all_kinds
+def test_volumes_queries_and_token_shapes_do_not_mix(kind):
+    adapter, x = randomised(kind(C, D)), rows()
+    close(adapter(x, N), torch.cat([adapter(volume, N) for volume in x.chunk(B)]))
+    apart = [adapter(x.unflatten(0, (B * D, N))[:, n]) for n in range(N)]  # one call per query
+    close(adapter(x, N), torch.stack(apart, dim=1).flatten(0, 1))
+    if kind is not DepthConvAdapter:  # tokens without a grid
+        close(adapter(x[:, 0], N), adapter(x[:, :1], N)[:, 0])
+    if kind is not VanillaAdapter:
+        with pytest.raises(RuntimeError):  # no whole number of volumes
+            adapter(x[: (D + 1) * N], N)
+    assert randomised(kind(C, 1))(rows(depth=1), N).isfinite().all()  # a patch of one slice
 
 
-def test_depth_mlp_equals_a_linear_layer_on_each_column_of_slices():
-    layer = randomised(DepthMLP(D))
-    x = rows()
-    assert layer.expand.weight.shape == (4 * D, D)
+def test_depth_conv_equals_a_loop_over_voxels_with_layer_norm_and_gelu():
+    layer, volumes = randomised(adapters.DepthConv(C, D)), rows().unflatten(0, (B, D, N))
+    padded = F.pad(volumes.movedim(2, 1), (0, 0, 1, 1, 1, 1, 1, 1))  # (B, N, D + 2, H + 2, W + 2, C)
+    total = layer.conv.bias.expand(B, N, D, H, W, C)
+    for i, j, k in itertools.product(range(3), repeat=3):
+        total = total + padded[:, :, i : i + D, j : j + H, k : k + W] * layer.conv.weight[:, 0, i, j, k]
+    expected = volumes.movedim(2, 1) + F.gelu(F.layer_norm(total, (C,), layer.norm.weight, layer.norm.bias))
+    close(layer(rows(), N), expected.movedim(1, 2).flatten(0, 2))
+
+
+def test_table_4_places_a_linear_bottleneck_of_4_d_in_the_middle_behind_or_in_front():
+    x, layer = rows(), randomised(adapters.DepthMLP(D))
     columns = x.unflatten(0, (B, D, N)).movedim(1, -1)  # (B, N, H, W, C, D)
     mixed = columns + layer.contract(F.gelu(layer.expand(columns)))
-    torch.testing.assert_close(layer(x, N), mixed.movedim(-1, 1).flatten(0, 2))
+    close(layer(x, N), mixed.movedim(-1, 1).flatten(0, 2))
+    assert layer.expand.weight.shape == (4 * D, D)
+    middle, behind, front = (randomised(kind(C, D, skip=False)) for kind in (DepthMLPAdapter, B6, B7))
+    close(middle(x, N), middle.up(middle.middle(F.gelu(middle.down(x)), N)))
+    close(behind(x, N), behind.behind(behind.up(F.gelu(behind.down(x))), N))
+    close(front(x, N), front.up(F.gelu(front.down(front.front(x, N)))))
 
 
-def test_table_4_places_the_depth_mlp_in_the_middle_behind_or_in_front():
-    x = rows()
-    middle, behind, front = (
-        randomised(kind(C, D, skip=False))
-        for kind in (DepthMLPAdapter, DepthMLPAfterUpAdapter, DepthMLPBeforeDownAdapter)
-    )
-    torch.testing.assert_close(middle(x, N), middle.up(middle.middle(F.gelu(middle.down(x)), N)))
-    torch.testing.assert_close(behind(x, N), behind.behind(behind.up(F.gelu(behind.down(x))), N))
-    torch.testing.assert_close(front(x, N), front.up(F.gelu(front.down(front.front(x, N)))))
-
-
-def test_convolution_sees_no_slice_of_the_next_volume_and_pads_with_zeros():
-    layer = randomised(DepthConv(C, D))
-    x = rows()
-    alone = torch.cat([layer(volume, N) for volume in x.chunk(B)])
-    torch.testing.assert_close(layer(x, N), alone)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_per_slice_fold_equals_one_call_per_query(kind):
-    adapter = randomised(kind(C, D))
-    x = rows()
-    apart = [adapter(x.unflatten(0, (B * D, N))[:, n]) for n in range(N)]
-    torch.testing.assert_close(adapter(x, N), torch.stack(apart, dim=1).flatten(0, 1))
-
-
-@pytest.mark.parametrize("kind", [DepthMLPAdapter, DepthMLPAfterUpAdapter, DepthMLPBeforeDownAdapter])
-def test_token_adapters_take_tokens_without_a_grid(kind):
-    adapter = randomised(kind(C, D))
-    tokens = rows()[:, 0]  # (B*D*N, T, C)
-    torch.testing.assert_close(adapter(tokens, N), adapter(tokens[:, None], N)[:, 0])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_slice_is_a_depth(kind):
-    x = rows(depth=1)
-    assert randomised(kind(C, 1))(x, N).isfinite().all()
-
-
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_rows_that_are_no_whole_volumes_are_refused(kind):
-    with pytest.raises(RuntimeError):
-        kind(C, D).double()(rows()[: (D + 1) * N], N)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_autocast_stays_near_float32_and_trains(kind):
+@all_kinds
+def test_bfloat16_autocast_stays_near_float32_and_every_weight_gets_a_gradient(kind):
     adapter = randomised(kind(C, D)).float()
-    x = rows().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = adapter(x, N)
+        out = adapter(rows().float(), N)
         out.float().square().mean().backward()
-    # bfloat16 keeps 8 bits, and the weights here are large: a few per cent of the largest value.
-    expected = adapter(x, N)
-    assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    expected = adapter(rows().float(), N)
+    assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()  # 8 bits, large weights
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in adapter.parameters())
