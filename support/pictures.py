@@ -1,4 +1,13 @@
-"""Drawing: arrays in, figure out."""
+"""Draw runs, label maps and queries: arrays go in, a PNG file comes out (paper fig. 1, 6, 7).
+
+    log.jsonl           ── draw_curves ───> losses and validation Dice over the epochs
+    pictures of cases   ── draw_overlay ──> some slices of each case, with contours or errors (fig. 6, 7)
+    a slice, its queries ─ draw_queries ──> the prompts of each query above its final mask (fig. 1)
+
+Volumes are in RAS orientation: the rows of a slice run to the patient's front and are drawn upwards, the
+columns run to the patient's right and are drawn rightwards. Only this file imports matplotlib. Ours: all
+sizes, all colours, and the choice of slices and windows.
+"""
 
 import itertools
 import json
@@ -11,18 +20,39 @@ import numpy as np
 
 from support.files import write_whole
 
-matplotlib.use("Agg")  # files only, no window
+matplotlib.use("Agg")  # write files, open no window
 import matplotlib.pyplot as plt  # noqa: E402
 
-NUM_SLICES = 3  # of a case
-PANEL = 2.1  # inches, the side of a panel
-# Kinds of wrong voxels, and the boxes of queries, in colours that no class has.
+NUM_SLICES = 3  # drawn of each case
+PANEL = 2.1  # side of a panel in inches
+# Colours of the kinds of wrong voxels and of box prompts. No class has any of them.
 ERRORS = {"false positive": "#ff00ff", "false negative": "#00ffff", "wrong class": "#ffff00"}
 BOX = {"box prompt": "#ffff00"}
 
 
+class Picture(NamedTuple):
+    """One case to draw, all of it on one grid."""
+
+    name: str  # the title
+    image: np.ndarray  # (D, H, W), any intensities
+    truth: np.ndarray  # (D, H, W) class ids
+    prediction: np.ndarray  # (D, H, W) class ids
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # (D, H, W) in mm
+
+
+class Query(NamedTuple):
+    """One query in one slice, with its prompts and its mask."""
+
+    number: int  # index of the query, from 0
+    class_id: int  # its most probable class
+    probability: float  # of that class, in [0, 1]
+    box: np.ndarray  # (4,) x0, y0, x1, y1 in [0, 1], as SAM's prompt encoder got it
+    aux_mask: np.ndarray | None  # (H, W) probabilities of the auxiliary mask; None if the variant has none
+    mask: np.ndarray  # (H, W) probabilities of the final mask
+
+
 def _save(figure: plt.Figure, path: str | Path) -> None:
-    """Write a figure whole or not at all."""
+    """Write a figure whole or not at all, and close it."""
     try:
         write_whole(Path(path), lambda file: figure.savefig(file, format="png", dpi=130))
     finally:
@@ -30,17 +60,19 @@ def _save(figure: plt.Figure, path: str | Path) -> None:
 
 
 def draw_curves(log_path: str | Path, path: str | Path) -> None:
-    """Losses, and validation Dice by class, over the epochs of a run.
+    """Draw the losses, and the validation Dice by class, over the epochs of a run.
 
     Args:
-        log_path: log.jsonl of train.py. path: PNG to write.
+        log_path: log.jsonl of train.py.
+        path: PNG to write.
     """
     log = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     epochs = [entry["epoch"] for entry in log]
     for name in (key for key in log[0] if key.startswith("loss")):
         style = {"color": "black", "linewidth": 2} if name == "loss" else {}
-        left.plot(epochs, [entry[name] for entry in log], label=name.removeprefix("loss_").replace("_", " "), **style)
+        style["label"] = name.removeprefix("loss_").replace("_", " ")
+        left.plot(epochs, [entry[name] for entry in log], **style)
     left.set(xlabel="epoch", title="training loss, and its terms before weighting", yscale="log")
     left.legend(fontsize=7, ncols=2)
     scored = [entry for entry in log if entry["val_dice"] is not None]
@@ -48,7 +80,7 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
     right.plot(epochs, [entry["val_dice"] for entry in scored], "k.-", label="mean")
     for label in scored[-1]["val_dice_per_class"] if scored else ():
         dice = [entry["val_dice_per_class"][label] for entry in scored]
-        right.plot(epochs, [np.nan if value is None else value for value in dice], ".-", label=label, linewidth=1)
+        right.plot(epochs, np.array(dice, np.float64), ".-", label=label, linewidth=1)  # None becomes a gap
     right.set(xlabel="epoch", title="Dice of whole validation cases", ylim=(0, 1))
     right.grid(alpha=0.3)
     if scored:
@@ -56,27 +88,19 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
     _save(figure, path)
 
 
-# -------------------------------------------------------------------------------------- truth and prediction, fig. 6, 7
-
-
-class Picture(NamedTuple):
-    """A case to draw, on one grid. name: its title. image, truth, prediction: (D, H, W). spacing: (D, H, W) in mm."""
-
-    name: str
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+# ---------------------------------------------------------------------------- truth and prediction, fig. 6, 7
 
 
 def choose_slices(truth: np.ndarray, prediction: np.ndarray, worst: bool = False) -> list[int]:
-    """Slices evenly spread over those that hold something, in the truth or the prediction.
+    """Choose slices that are spread evenly over those with a label in the truth or in the prediction.
 
     Args:
-        truth, prediction: (D, H, W) labels. worst: put the slice with most wrong voxels in the place of its neighbour.
+        truth: (D, H, W) class ids.
+        prediction: (D, H, W) class ids.
+        worst: whether the slice with most wrong voxels replaces the chosen slice that is nearest to it.
     """
-    filled = np.flatnonzero(((truth > 0) | (prediction > 0)).any((1, 2)))
-    filled = filled if len(filled) else np.arange(len(truth))
+    labelled = (truth > 0) | (prediction > 0)
+    filled = np.flatnonzero(labelled.any((1, 2)) | ~labelled.any())  # all slices of a case without any label
     chosen = {int(filled[round(place * (len(filled) - 1))]) for place in np.linspace(0.15, 0.85, NUM_SLICES)}
     wrong = (truth != prediction).sum((1, 2))
     if worst and wrong.any():
@@ -86,7 +110,7 @@ def choose_slices(truth: np.ndarray, prediction: np.ndarray, worst: bool = False
 
 
 def find_errors(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Voxel by voxel 0 where two label maps agree, else 1, 2, 3 in the order of `ERRORS`.
+    """Return 0 for each voxel where two label maps agree, else 1, 2 or 3 in the order of `ERRORS`.
 
     A false positive is background in the truth, a false negative is background in the prediction.
     """
@@ -94,15 +118,22 @@ def find_errors(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
 
 
 def draw_overlay(
-    pictures: Sequence[Picture | tuple], labels: Sequence[str], path: str | Path,
-    panels: Sequence[str] = ("truth", "prediction"), one_row: bool = True, worst: bool = False,
-) -> None:  # fmt: skip
-    """Some slices of some cases, each in several panels, all of a case in one window with one scale.
+    pictures: Sequence[Picture | tuple],
+    labels: Sequence[str],
+    path: str | Path,
+    panels: Sequence[str] = ("truth", "prediction"),
+    one_row: bool = True,
+    worst: bool = False,
+) -> None:
+    """Draw some slices of some cases; all slices of a case show one window at one scale.
 
     Args:
-        pictures: the cases, or their fields. labels: names by id, 0 is background. path: PNG to write.
-        panels: of "image", "truth", "prediction", "errors". one_row: all slices of a case beside each other, else below
-            each other. worst: of `choose_slices`.
+        pictures: the cases, or tuples of their fields.
+        labels: class names by id; 0 is the background.
+        path: PNG to write.
+        panels: the panels of a slice, out of "image", "truth", "prediction" and "errors".
+        one_row: whether the slices of a case stand beside each other, instead of below each other.
+        worst: see `choose_slices`.
     """
     pictures = [_stretch(Picture(*picture)) for picture in pictures]
     slices = [choose_slices(picture.truth, picture.prediction, worst) for picture in pictures]
@@ -110,136 +141,60 @@ def draw_overlay(
     rows, columns = (1, most * len(panels)) if one_row else (most, len(panels))
     size = (PANEL * columns, ((PANEL + 0.2) * rows + 0.3) * len(pictures))
     figure = plt.figure(figsize=size, layout="constrained")
-    for part, picture, chosen in zip(figure.subfigures(len(pictures), squeeze=False)[:, 0], pictures, slices):
+    parts = figure.subfigures(len(pictures), squeeze=False).flat
+    for part, picture, chosen in zip(parts, pictures, slices):
         part.suptitle(picture.name, fontsize=10, fontweight="bold")
         axes = part.subplots(rows, columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         window = _window(((picture.truth > 0) | (picture.prediction > 0))[chosen], picture.spacing[1:])
-        for axis, (d, what) in zip(axes.flat, itertools.product(chosen, panels)):
-            _draw_panel(axis, picture, d, what, window, colours)
+        for axis, (d, panel) in zip(axes.flat, itertools.product(chosen, panels)):
+            _draw_panel(axis, picture, d, panel, window, colours)
         _draw_scale(axes[0, 0], picture.spacing)
     _draw_legend(figure, labels, colours, ERRORS if "errors" in panels else {})
     _save(figure, path)
 
 
 def _window(filled: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> tuple[slice, slice]:
-    """A square in mm around what is filled in any slice, half as large again, inside the image: rows and columns."""
-    window = []
+    """Return rows and columns of a square in mm around the filled pixels (n, H, W), half as large again."""
     places = [np.flatnonzero(filled.any(axes)) for axes in ((0, 2), (0, 1))]
     extents = [1.5 * (np.ptp(p) + 1) if len(p) else n for p, n in zip(places, filled.shape[1:])]
     side = max(extent * mm for extent, mm in zip(extents, spacing))
+    window = []
     for place, n, mm in zip(places, filled.shape[1:], spacing):
         width = min(max(1, int(side / mm)), n)
         centre = int(place.min() + place.max() + 1) // 2 if len(place) else n // 2
-        low = min(max(centre - width // 2, 0), n - width)
+        low = min(max(centre - width // 2, 0), n - width)  # the window stays inside the image
         window.append(slice(low, low + width))
     return tuple(window)
 
 
-# ----------------------------------------------------------------------------------------------------- parts of a panel
-
-
-def _colours(labels: Sequence[str]) -> list:
-    """A colour by class id, grey for the background; lighter than matplotlib's, which are made for white paper."""
-    palette = np.array(matplotlib.colormaps["tab10" if len(labels) <= 11 else "tab20"].colors) * 0.8 + 0.2
-    return ["0.8", *itertools.islice(itertools.cycle(palette), len(labels) - 1)]
-
-
-def _stretch(picture: Picture) -> Picture:
-    """Intensities to 0 ... 1 for what is labelled and a margin around: a CT's air and bone would leave no contrast."""
-    values = picture.image[picture.truth > 0]
-    low, high = np.percentile(values if len(values) else picture.image, (1, 99))
-    margin = max((high - low) / 3, 1e-6)
-    return picture._replace(image=(picture.image - (low - margin)) / (high - low + 2 * margin))
-
-
-def _draw_panel(
-    axis: plt.Axes, picture: Picture, d: int, what: str, window: tuple[slice, slice], colours: Sequence
-) -> None:
-    """A window of a slice in grey, as high and wide as its spacing makes it, and on it what the panel is for."""
-    truth, prediction = picture.truth[d, *window], picture.prediction[d, *window]
-    aspect = picture.spacing[1] / picture.spacing[2]
-    axis.imshow(picture.image[d, *window], cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect)
-    title = f"slice {d}, {what}"
-    if what in ("truth", "prediction"):
-        label_map = truth if what == "truth" else prediction
-        for class_id in np.unique(label_map[label_map > 0]):
-            _draw_contour(axis, label_map == class_id, colours[class_id])
-    if what == "errors":
-        errors = find_errors(truth, prediction)
-        _draw_contour(axis, truth > 0, "white", 0.6)
-        axis.imshow(matplotlib.colors.to_rgba_array(["none", *ERRORS.values()])[errors], origin="lower", aspect=aspect)
-        title += f": {np.count_nonzero(errors)} voxels"
-    axis.set_title(title, fontsize=8)
-
-
-def _draw_contour(axis: plt.Axes, mask: np.ndarray, colour, linewidths: float = 1.2) -> None:
-    """The outline of a mask (H, W), closed at the image's edge too; the panel keeps the image's limits."""
-    if mask.any():
-        height, width = mask.shape
-        places = np.arange(width + 2) - 1, np.arange(height + 2) - 1
-        axis.contour(*places, np.pad(mask, 1), [0.5], colors=[colour], linewidths=linewidths)
-        axis.set(xlim=(-0.5, width - 0.5), ylim=(-0.5, height - 0.5))
-
-
-def _draw_scale(axis: plt.Axes, spacing: Sequence[float]) -> None:
-    """A bar of so many mm, at the lower left, up to half as long as the panel is wide."""
-    width = axis.get_xlim()[1] + 0.5
-    mm = next((mm for mm in (100, 50, 20, 10, 5, 2) if mm <= width * spacing[2] / 2), 1)
-    x, y = 0.05 * width, 0.05 * (axis.get_ylim()[1] + 0.5)
-    axis.plot([x, x + mm / spacing[2]], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
-    shade = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1}
-    axis.annotate(f"{mm} mm", (x, y), (1, 4), textcoords="offset points", color="white", fontsize=7, bbox=shade)
-
-
-def _draw_legend(figure: plt.Figure, labels: Sequence[str], colours: Sequence, others: dict[str, str]) -> None:
-    """The classes and other colours below the panels, in as many columns as there is room; the figure grows by that."""
-    entries = [*zip(labels[1:], colours[1:]), *others.items()]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries]
-    room = figure.get_figwidth() / (0.65 + 0.075 * max(len(name) for name, _ in entries))  # inches, of 9 points
-    columns = min(len(handles), max(1, int(room)))
-    figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * -(-len(handles) // columns))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
-
-
-# ------------------------------------------------------------------------------------------------------ queries, fig. 1
-
-
-class Query(NamedTuple):
-    """One query in one slice: its number, its most probable class and how probable that is, its prompts and its mask.
-
-    box: x0, y0, x1, y1 in [0, 1], what SAM's prompt encoder got. aux_mask (None in a variant without), mask: (H, W),
-    probabilities.
-    """
-
-    number: int
-    class_id: int
-    probability: float
-    box: np.ndarray
-    aux_mask: np.ndarray | None
-    mask: np.ndarray
+# -------------------------------------------------------------------------------------------- queries, fig. 1
 
 
 def draw_queries(
     picture: Picture, queries: Sequence[Query], labels: Sequence[str], path: str | Path, columns: int = 7
 ) -> None:
-    """Truth and prediction of a slice, then of each query its auxiliary mask and box above its final mask.
+    """Draw truth and prediction of a slice, then for each query its prompts above its final mask.
 
     Args:
-        picture: of one slice (D is 1). queries: of `find_queries`. labels: names by id. path: PNG to write.
-        columns: before the next queries go below.
+        picture: one slice, so that D is 1.
+        queries: the queries to draw, in this order.
+        labels: class names by id; 0 is the background.
+        path: PNG to write.
+        columns: number of columns; further queries go below.
     """
     picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
     whole = (slice(0, height), slice(0, width))
-    bands, columns = -(-(len(queries) + 1) // columns), min(columns, max(2, len(queries) + 1))
+    bands = -(-(len(queries) + 1) // columns)  # the first place holds truth and prediction
+    columns = min(columns, max(2, len(queries) + 1))
     size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3)
     figure, axes = plt.subplots(2 * bands, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, what in zip(axes[:2, 0], ("truth", "prediction")):
-        _draw_panel(axis, picture, 0, what, whole, colours)
-        axis.set_title(what, fontsize=8)
+    for axis, panel in zip(axes[:2, 0], ("truth", "prediction")):
+        _draw_panel(axis, picture, 0, panel, whole, colours)
+        axis.set_title(panel, fontsize=8)
     _draw_scale(axes[0, 0], picture.spacing)
     for place, query in enumerate(queries, 1):
         upper, lower = axes.reshape(bands, 2, columns)[place // columns, :, place % columns]
@@ -251,11 +206,76 @@ def draw_queries(
                 _draw_contour(axis, mask > 0.5, colours[query.class_id])
         x0, y0, x1, y1 = query.box * (width, height, width, height)
         corner = (x0 - 0.5, y0 - 0.5)  # pixel i reaches from i - 0.5 to i + 0.5
-        box = plt.Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=BOX["box prompt"], clip_on=False)
-        upper.add_patch(box)
+        style = {"fill": False, "edgecolor": BOX["box prompt"], "clip_on": False}
+        upper.add_patch(plt.Rectangle(corner, x1 - x0, y1 - y0, **style))
         name = f"query {query.number}: {labels[query.class_id]} {query.probability:.2f}"
         upper.set_title(f"{name}\nprompts: {'box' if query.aux_mask is None else 'mask and box'}", fontsize=8)
         lower.set_title("final mask", fontsize=8)
     figure.suptitle(picture.name, fontsize=10, fontweight="bold")
     _draw_legend(figure, labels, colours, BOX)
     _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------- parts of a panel
+
+
+def _colours(labels: Sequence[str]) -> list:
+    """Return a colour per class id. They are lighter than matplotlib's, which are made for white paper."""
+    palette = np.array(matplotlib.colormaps["tab10" if len(labels) <= 11 else "tab20"].colors) * 0.8 + 0.2
+    return ["0.8", *itertools.islice(itertools.cycle(palette), len(labels) - 1)]  # grey for the background
+
+
+def _stretch(picture: Picture) -> Picture:
+    """Scale the intensities of labelled voxels, and a margin, to [0, 1]; a CT's air and bone go outside."""
+    values = picture.image[picture.truth > 0]
+    low, high = np.percentile(values if len(values) else picture.image, (1, 99))
+    margin = max((high - low) / 3, 1e-6)
+    return picture._replace(image=(picture.image - (low - margin)) / (high - low + 2 * margin))
+
+
+def _draw_panel(axis: plt.Axes, picture: Picture, d: int, panel: str, window: tuple, colours: list) -> None:
+    """Draw a window of slice d in grey, in its true proportions, with the contours or errors of the panel."""
+    truth, prediction = picture.truth[d, *window], picture.prediction[d, *window]
+    aspect = picture.spacing[1] / picture.spacing[2]
+    axis.imshow(picture.image[d, *window], cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect)
+    title = f"slice {d}, {panel}"
+    if panel in ("truth", "prediction"):
+        label_map = truth if panel == "truth" else prediction
+        for class_id in np.unique(label_map[label_map > 0]):
+            _draw_contour(axis, label_map == class_id, colours[class_id])
+    if panel == "errors":
+        errors = find_errors(truth, prediction)
+        _draw_contour(axis, truth > 0, "white", 0.6)
+        colour = matplotlib.colors.to_rgba_array(["none", *ERRORS.values()])
+        axis.imshow(colour[errors], origin="lower", aspect=aspect)
+        title += f": {np.count_nonzero(errors)} voxels"
+    axis.set_title(title, fontsize=8)
+
+
+def _draw_contour(axis: plt.Axes, mask: np.ndarray, colour, linewidths: float = 1.2) -> None:
+    """Draw the outline of a mask (H, W), closed at the edge of the image too."""
+    if mask.any():
+        height, width = mask.shape
+        places = np.arange(width + 2) - 1, np.arange(height + 2) - 1
+        axis.contour(*places, np.pad(mask, 1), [0.5], colors=[colour], linewidths=linewidths)
+        axis.set(xlim=(-0.5, width - 0.5), ylim=(-0.5, height - 0.5))  # the limits of the image
+
+
+def _draw_scale(axis: plt.Axes, spacing: Sequence[float]) -> None:
+    """Draw a bar of a round length in mm at the lower left, at most half as long as the panel is wide."""
+    width = axis.get_xlim()[1] + 0.5
+    mm = next((mm for mm in (100, 50, 20, 10, 5, 2) if mm <= width * spacing[2] / 2), 1)
+    x, y = 0.05 * width, 0.05 * (axis.get_ylim()[1] + 0.5)
+    axis.plot([x, x + mm / spacing[2]], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
+    text = axis.annotate(f"{mm} mm", (x, y), (1, 4), textcoords="offset points", color="white", fontsize=7)
+    text.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1})
+
+
+def _draw_legend(figure: plt.Figure, labels: Sequence[str], colours: list, others: dict[str, str]) -> None:
+    """Name the classes and other colours below the panels; the figure grows by the height of the legend."""
+    entries = [*zip(labels[1:], colours[1:]), *others.items()]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries]
+    entry_width = 0.65 + 0.075 * max(len(name) for name, _ in entries)  # inches, for letters of 9 points
+    columns = min(len(handles), max(1, int(figure.get_figwidth() / entry_width)))
+    figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)

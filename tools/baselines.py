@@ -1,16 +1,22 @@
-"""Members of the SAM family with given boxes, slice by slice and class by class (paper 3, "bbox" rows of tables 1-3).
+"""Segment with a plain member of the SAM family and given boxes (paper 3, "bbox" rows of tables 1-3).
 
-    volume (C, D, H, W) ── grey_levels ──> 0..255 ── encoder_input ── image encoder, once a slice ─────┐
-    prompts (D, H, W)   ── box_prompts ──> a box for every class in a slice ── prompt encoder ── mask decoder
-                                  masks (n, H, W): on a pixel of several that of the smallest box counts ──┘
+    python -m tools.baselines sam --prompts gt --data acdc --root DIR
+    python -m tools.baselines medsam --sam-checkpoint FILE --prompts DIR --data amos --root DIR
 
-The boxes are those of the truth or of another program's label map, and the mask of a box gets its class: results with
-such prompts are not automatic, and everything that is written says so. A slice without an object has no prompt and
-stays empty; it is scored like all others. Multi-mask output is off.
+    volume (C, D, H, W)   ── grey_levels ──> 0..255 ── encoder_input ── image encoder, once per slice ──┐
+    box source (D, H, W)  ── box_prompts ──> one box per class and slice ── prompt encoder ── mask decoder
+                          on a pixel of several masks the one of the smallest box counts ──> label map
 
-Letters: C channels, D slices, H W pixels of a slice, h w those of the encoder's picture, n classes in a slice.
+The boxes come from the true labels (gt) or from label maps of another program (DIR), and each mask gets the
+class of its box. So the results are not automatic; names, headers and tables say so. A slice without an
+object has no box and stays empty. It is scored like all others. SAM's multi-mask output is off.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,82 +25,82 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
+import evaluate
 from matcher import masks_to_boxes
 from model import MaskSAMConfig, build_model
-from support import nifti
-from support.layouts import Case
+from support import files, layouts, nifti
+from support.metrics import CONVENTIONS
 from support.sam import BACKBONES
 
-# -------------------------------------------------------------------------------------------------------- the baselines
+# ---------------------------------------------------------------------------------------------- the baselines
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """One `--baseline` name.
+    """A member of the SAM family, and how it wants its pictures."""
 
-    sam: key of `BACKBONES`. side: pixels of the encoder's square picture. home: where to get the file if it is not the
-    backbone's own. stretch: every slice from its minimum to its maximum becomes [0, 1]; else SAM's mean and deviation.
-    square: the slice fills the square whatever its shape; else its longest side does, and zeros the rest.
-    interpolation: of the slice to that size.
-    """
-
-    sam: str
-    side: int
-    home: str = ""
-    stretch: bool = False
-    square: bool = False
-    interpolation: str = "bilinear"
+    sam: str  # key of `BACKBONES`
+    side: int  # pixels of the encoder's square input
+    home: str = ""  # where to get the weights, if they are not the backbone's own
+    stretch: bool = (
+        False  # each slice is scaled to [0, 1] from its minimum and maximum, not by SAM's statistics
+    )
+    square: bool = False  # each slice fills the square, whatever its shape; else zeros pad its shorter side
+    interpolation: str = "bilinear"  # of the resampling to the encoder's size
 
 
-# What happens to a picture is in segment_anything/predictor.py and utils/transforms.py for SAM, and for the others in
-# github.com/bowang-lab/MedSAM: MedSAM_Inference.py, and on the branch LiteMedSAM CVPR24_LiteMedSAM_infer.py.
+MEDSAM_HOME = "medsam_vit_b.pth from the Google Drive that github.com/bowang-lab/MedSAM links to, or from "
+MEDSAM_HOME += "https://zenodo.org/records/10689643"
+# Sources: segment_anything/predictor.py and utils/transforms.py for SAM; github.com/bowang-lab/MedSAM for the
+# others: MedSAM_Inference.py, and CVPR24_LiteMedSAM_infer.py on the branch LiteMedSAM.
 BASELINES = {
     "sam": Baseline("vit_b", 1024),
-    "medsam": Baseline(
-        "vit_b", 1024, "medsam_vit_b.pth from the Google Drive that github.com/bowang-lab/MedSAM links to, or from "
-        "https://zenodo.org/records/10689643", stretch=True, square=True, interpolation="bicubic",
-    ),
+    "medsam": Baseline("vit_b", 1024, MEDSAM_HOME, stretch=True, square=True, interpolation="bicubic"),
     "mobile_sam": Baseline("mobile_sam", 1024),
     "lite_medsam": Baseline("lite_medsam", 256, stretch=True),
-}  # fmt: skip
+}
 
 
 def load_baseline(name: str, path: str | Path | None = None) -> tuple[nn.Module, str | None]:
-    """SAM with a baseline's weights, in evaluation mode on the CPU, and the sha256 of their file.
+    """Build SAM with the weights of a baseline.
 
     Args:
-        name: key of `BASELINES`. path: the user's own file, or None for the published one, where a script can get it.
+        name: key of `BASELINES`.
+        path: the user's own file, or None for the published one.
+    Returns:
+        The model in evaluation mode on the CPU, and the sha256 of the file.
     Raises:
-        FileNotFoundError: there is no file. ValueError: a file of something else.
+        FileNotFoundError: there is no file.
+        ValueError: the file holds something else.
     """
     baseline = BASELINES[name]
     if baseline.home and path is None:
-        raise FileNotFoundError(f"--baseline {name} needs --sam-checkpoint FILE: {baseline.home}")
-    model, facts = build_model(MaskSAMConfig(baseline.sam, encoder_size=(baseline.side, baseline.side)), path)
+        raise FileNotFoundError(f"{name} needs --sam-checkpoint FILE: {baseline.home}")
+    model, record = build_model(MaskSAMConfig(baseline.sam, encoder_size=(baseline.side,) * 2), path)
     sam = model.sam.eval()
-    if baseline.home and facts["sha256"] == BACKBONES[baseline.sam].sha256:
-        raise ValueError(f"{path} holds SAM's own weights, expected those of {name}: {baseline.home}")
+    if baseline.home and record["sha256"] == BACKBONES[baseline.sam].sha256:
+        raise ValueError(f"{path}: found SAM's own weights, expected those of {name}: {baseline.home}")
     if baseline.stretch:
         sam.pixel_mean.fill_(0)
         sam.pixel_std.fill_(255)
-    return sam, facts["sha256"]
+    return sam, record["sha256"]
 
 
-# --------------------------------------------------------------------------------------------------- pictures and boxes
+# ----------------------------------------------------------------------------------------- pictures and boxes
 
-CT_WINDOW = (-160.0, 240.0)  # level 40, width 400: MedSAM's pre_CT_MR.py
+CT_WINDOW = (-160.0, 240.0)  # level 40, width 400 in HU: MedSAM's pre_CT_MR.py
 MR_PERCENTILES = (0.5, 99.5)  # of the voxels above 0: the same file
 
 
 def grey_levels(volume: np.ndarray, modality: str) -> np.ndarray:
-    """The 8-bit pictures of a volume (D, H, W): a window of CT, else percentiles of the whole volume.
+    """Turn a volume into 8-bit pictures: by a window of HU for CT, else by percentiles of the whole volume.
 
-    SAM says nothing of volumes; MedSAM's comparison (comparisons/SAM/infer_SAM_3D_npz.py) gives it the same pictures.
+    SAM defines nothing for volumes; MedSAM's comparison (comparisons/SAM/infer_SAM_3D_npz.py) gives it these.
 
     Args:
+        volume: (D, H, W), HU for CT.
         modality: "CT" or anything else.
     Returns:
         (D, H, W) uint8.
@@ -110,12 +116,13 @@ def grey_levels(volume: np.ndarray, modality: str) -> np.ndarray:
 
 
 def encoder_input(picture: Tensor, baseline: Baseline) -> Tensor:
-    """A slice at the encoder's size, before `Sam.preprocess` scales and pads it.
+    """Resample a slice to the encoder's size; `Sam.preprocess` will scale and pad it.
 
     Args:
         picture: (H, W), grey levels 0..255.
+        baseline: decides the size, the interpolation and the scaling.
     Returns:
-        (1, 3, h, w) float32, 0..255; h and w at most `baseline.side`.
+        (1, 3, h, w) float32, 0..255; h and w are at most `baseline.side`.
     """
     scale = baseline.side / max(picture.shape)
     size = (baseline.side,) * 2 if baseline.square else tuple(int(n * scale + 0.5) for n in picture.shape)
@@ -128,118 +135,167 @@ def encoder_input(picture: Tensor, baseline: Baseline) -> Tensor:
     return grey.expand(-1, 3, -1, -1)
 
 
-def box_prompts(prompts: Tensor, size: Sequence[int], margin: float = 0.0) -> tuple[Tensor, Tensor]:
-    """One box for every class in a slice, as the papers' "1 bbox" (a box per connected component would tell more).
+def box_prompts(labels: Tensor, size: Sequence[int], margin: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Make one box for every class in a slice, the papers' "1 bbox".
 
-    SAM adds half a pixel and so takes a pixel for its centre: its box runs from the first to the last pixel of the
-    object in the encoder's picture, where ours has an exclusive far edge.
+    SAM adds half a pixel to box corners, which it takes for centres of pixels. So its box runs from the
+    first to the last pixel of the object, while the far edge of `masks_to_boxes` is exclusive.
 
     Args:
-        prompts: (H, W), class ids. size: (h, w) of the encoder's picture. margin: pixels of that picture added on all
-            sides, as far as the picture goes.
+        labels: (H, W) class ids of the box source.
+        size: (h, w) of the encoder's picture.
+        margin: added on all sides, in pixels of that picture; the box ends where the picture ends.
     Returns:
-        class ids (n,), ascending, and boxes (n, 4) float32, x0, y0, x1, y1 in pixels of the encoder's picture.
+        class ids (n,), ascending; boxes (n, 4) float32, x0, y0, x1, y1 in pixels of the encoder's picture.
     """
-    class_ids = torch.unique(prompts[prompts > 0])
+    class_ids = torch.unique(labels[labels > 0])
     limit = torch.tensor([size[1], size[0]], dtype=torch.float32)
-    edges = masks_to_boxes(prompts == class_ids[:, None, None]) * limit.repeat(2)
+    edges = masks_to_boxes(labels == class_ids[:, None, None]) * limit.repeat(2)
     near, far = (edges + margin * torch.tensor([-1, -1, 1, 1])).split(2, dim=-1)
     near, far = near.clamp(min=0), far.minimum(limit)
     return class_ids, torch.cat([near, (far - 1).maximum(near)], dim=-1)
 
 
-# ----------------------------------------------------------------------------------------------------------- prediction
+# ------------------------------------------------------------------------------------------------- prediction
 
 
 @torch.no_grad()
 def segment_slice(
-    sam: nn.Module, image: Tensor, boxes: Tensor, shape: Sequence[int], amp: torch.dtype | None = None
-) -> Tensor:  # fmt: skip
-    """`Sam.forward` for one slice and all its boxes, but with the logits kept.
+    sam: nn.Module, image: Tensor, boxes: Tensor, shape: Sequence[int], amp: str = "off"
+) -> Tensor:
+    """Do what `Sam.forward` does for one slice and all its boxes, but keep the logits.
 
     Args:
-        image: of `encoder_input`. boxes: of `box_prompts`. shape: (H, W). amp: autocast type of encoder and decoder;
-            the prompt encoder's position code would be off by a pixel in half precision.
+        image: result of `encoder_input`.
+        boxes: result of `box_prompts`.
+        shape: (H, W) of the slice.
+        amp: autocast type of encoder and decoder, a key of `AMP_TYPES`. The prompt encoder stays in float32,
+            because its position code would be off by a pixel in half precision.
     Returns:
         (n, H, W) float32 mask logits.
     """
     device = sam.pixel_mean.device
-    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    with autocast:
-        features = sam.image_encoder(sam.preprocess(image.to(device)))
+    with files.autocast(device, amp):
+        features = sam.image_encoder(sam.preprocess(image.to(device)))  # (1, width, h', w')
     sparse, dense = sam.prompt_encoder(points=None, boxes=boxes.to(device), masks=None)
-    with autocast:
+    image_pe = sam.prompt_encoder.get_dense_pe()
+    with files.autocast(device, amp):
         logits, _ = sam.mask_decoder(
-            image_embeddings=features, image_pe=sam.prompt_encoder.get_dense_pe(), sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense, multimask_output=False,
-        )  # fmt: skip
+            features, image_pe, sparse, dense, multimask_output=False
+        )  # (n, 1, h, w)
     return sam.postprocess_masks(logits.float(), image.shape[-2:], tuple(shape))[:, 0].cpu()
 
 
 def predict_case(
-    sam: nn.Module, baseline: Baseline, pictures: np.ndarray, prompts: np.ndarray, margin: float = 0.0,
-    amp: torch.dtype | None = None, desc: str | None = None,
-) -> np.ndarray:  # fmt: skip
-    """The label map of a case, one slice in memory at a time.
+    sam: nn.Module, baseline: Baseline, pictures: np.ndarray, box_labels: np.ndarray, margin=0.0, amp="off"
+) -> np.ndarray:
+    """Make the label map of a case, slice by slice.
 
-    Ours: where masks overlap that of the smaller box lies on top. MedSAM's scripts let the later class overwrite the
-    earlier, nearly the same for ACDC (the LV lies in the myocardium's box) but by the luck of its numbers. The largest
-    logit would not do: in the box of a ring these models find what it encloses, and are as sure of it (MobileSAM on
-    ACDC's validation cases, LV: Dice 0.71 instead of 0.91).
+    Ours: where masks overlap, the mask of the smaller box lies on top. In MedSAM's scripts the later class
+    replaces the earlier one, which depends on the order of the classes. The largest logit would be wrong: in
+    the box of a ring these models find the inside of the ring, and are sure of it (docs/results.md).
 
     Args:
-        pictures: (D, H, W) grey levels 0..255. prompts: (D, H, W) class ids. margin: of `box_prompts`. amp: of
-            `segment_slice`. desc: of a progress bar; None shows none.
+        pictures: (D, H, W) grey levels 0..255.
+        box_labels: (D, H, W) class ids of the box source.
+        margin: see `box_prompts`.
+        amp: see `segment_slice`.
     Returns:
         (D, H, W) uint8.
     """
-    label = np.zeros(prompts.shape, np.uint8)
-    for d in tqdm(np.flatnonzero(prompts.any((1, 2))), desc, leave=False, disable=desc is None):
+    label = np.zeros(box_labels.shape, np.uint8)
+    for d in np.flatnonzero(box_labels.any((1, 2))):
         image = encoder_input(torch.from_numpy(pictures[d].copy()), baseline)
-        class_ids, boxes = box_prompts(torch.from_numpy(prompts[d].copy()), image.shape[-2:], margin)
-        masks = segment_slice(sam, image, boxes, prompts.shape[1:], amp) > sam.mask_threshold
+        class_ids, boxes = box_prompts(torch.from_numpy(box_labels[d].copy()), image.shape[-2:], margin)
+        masks = segment_slice(sam, image, boxes, label.shape[1:], amp) > sam.mask_threshold  # (n, H, W)
         small_first = (boxes[:, 2:] - boxes[:, :2]).prod(dim=-1).argsort(stable=True)
         class_ids, masks = class_ids[small_first], masks[small_first]
         label[d] = torch.where(masks.any(dim=0), class_ids[masks.to(torch.uint8).argmax(dim=0)], 0).numpy()
     return label
 
 
-def predict_files(
-    name: str, cases: Sequence[Case], files: Sequence[Path], modality: str, num_classes: int, origin: str,
-    sam_checkpoint: str | None = None, margin: float = 0.0, device: str = "cpu", amp: torch.dtype | None = None,
-    workers: int = 1,
-) -> dict:  # fmt: skip
-    """Predict all cases that are not done yet; all files are checked before anything is written.
+# ----------------------------------------------------------------------------------------------- command line
 
-    Args:
-        name: key of `BASELINES`. cases: with prompts, the label map for their boxes; their own labels are not opened.
-            files: to write, in one folder. modality: of `grey_levels`. origin: of the boxes, for the files' headers.
-            sam_checkpoint: of `load_baseline`. margin: of `box_prompts`. amp: of `segment_slice`. workers: threads to
-            check with.
-    Returns:
-        Facts for the results.
-    Raises:
-        ValueError: listing all that is wrong with the files. And as `load_baseline`.
-    """
-    cases = [dataclasses.replace(case, label=None) for case in cases]
-    sam, sha256 = load_baseline(name, sam_checkpoint)
 
-    if problems := data.check_cases(cases, num_classes, workers):
-        raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
-    facts = {"baseline": name, "box_margin": margin, "sam_sha256": sha256}
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = files.make_parser(__doc__, "root", "fold", "sam-checkpoint", "device", "workers")
+    add = parser.add_argument
+    add("name", choices=BASELINES)
+    add("--data", required=True, help=files.COMMON_OPTIONS["data"]["help"].split(" (")[0])
+    source = "source of the boxes: the true labels (gt), or label maps of another program in a folder"
+    add("--prompts", required=True, metavar="gt|DIR", help=source)
+    add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
+    margin = "pixels of the encoder's picture added around boxes (MedSAM's scripts: 20, LiteMedSAM's: 5)"
+    add("--box-margin", type=float, default=0.0, metavar="PIXELS", help=margin)
+    add("--output", help="folder (default: runs/<data>/predictions-<name>-boxes-<prompts>-<split>)")
+    add(
+        "--amp",
+        choices=files.AMP_TYPES,
+        help="autocast type (default: the one that the device computes in hardware)",
+    )
+    add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
+    convention = "how absent classes are scored (default: %(default)s)"
+    add("--metric-convention", choices=CONVENTIONS, default="masksam", dest="convention", help=convention)
+    args = parser.parse_args(argv)
+    args.device, args.workers = args.device or files.default_device(), args.workers or files.default_workers()
+    args.amp = args.amp or files.default_amp(args.device)
+    if args.prompts == "auto":
+        parser.error("--prompts is auto, expected gt or DIR: these models make no boxes")
+    if args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
+        parser.error(
+            f"--prompts and --output are both {args.output}: predictions would replace the box source"
+        )
+    if not 0 <= args.box_margin < float("inf"):
+        parser.error(f"--box-margin is {args.box_margin:g}, expected pixels, 0 or more")
+    if args.tolerance <= 0:
+        parser.error(f"--tolerance is {args.tolerance:g}, expected millimetres above 0")
+    return args
 
-    def description(case: Case) -> str:  # of what a label map depends on
-        return f"{name}{origin} {data.file_key([facts, modality, str(amp)], (*case.images, case.prompts))}"
 
-    sam.to(device)
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    todo = [each for each in zip(cases, files) if nifti.read_description(each[1]) != description(each[0])]
-    for case, file in tqdm(todo, "predicting"):
+def run(args: argparse.Namespace) -> dict | None:
+    """Predict all cases that are not done yet, and score them if there are labels."""
+    source, cases = evaluate.find_cases(args, [])
+    cases = layouts.with_box_source(cases, args.prompts)
+    sam, sha256 = load_baseline(args.name, args.sam_checkpoint)
+    sam.to(args.device)
+    modality, num_classes = source.task.modality, len(source.task.labels)
+    made_with = {"baseline": args.name, "box_margin": args.box_margin, "sam_sha256": sha256}
+
+    def description(case: layouts.Case) -> str:
+        settings = [made_with, modality, str(files.AMP_TYPES[args.amp])]
+        key = data.file_key(settings, (*case.images, case.box_source))
+        return f"{args.name}{evaluate.describe_box_source(args.prompts)} {key}"
+
+    def predict(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
         channels, geometries = zip(*map(nifti.read_image, case.images))
-        # Ours: of several channels the mean of their pictures.
+        # Ours: several channels become one picture, the mean of theirs.
         pictures = np.mean([grey_levels(channel, modality) for channel in channels], axis=0, dtype=np.float32)
-        boxes_from, _ = nifti.read_label(case.prompts, num_classes)
-        label = predict_case(sam, BASELINES[name], pictures, boxes_from, margin, amp, case.name)
-        nifti.write_label_map(file, label, geometries[0], description(case))
-    print(f"{files[0].parent}: wrote {len(todo)} label maps, {len(files) - len(todo)} were there")
-    return facts
+        box_labels, _ = nifti.read_label(case.box_source, num_classes)
+        label = predict_case(sam, BASELINES[args.name], pictures, box_labels, args.box_margin, args.amp)
+        return label, geometries[0]
+
+    suffix = layouts.box_source_suffix(args.prompts)
+    margin = f"-margin{args.box_margin:g}" if args.box_margin else ""
+    folder = f"predictions-{args.name}{suffix}{margin}-{args.split}"
+    output = Path(args.output or Path("runs") / source.name / folder)
+    paths = [output / f"{case.name}.nii.gz" for case in cases]
+    unlabelled = [
+        dataclasses.replace(case, label=None) for case in cases
+    ]  # no truth is opened before scoring
+    evaluate.predict_files(unlabelled, paths, num_classes, description, predict, args.workers)
+    settings = made_with | {"prompts": args.prompts, "amp": args.amp}
+    return evaluate.report(cases, paths, source, args, settings, suffix)
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Predict and score; a wrong file becomes one message. Return the results."""
+    args = parse_arguments(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"baselines.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

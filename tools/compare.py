@@ -1,70 +1,113 @@
-"""One table of training runs, from their logs (table 4 and any other ladder)."""
+"""Print one table of training runs, for table 4 and any other series of experiments.
 
+    python -m tools.compare runs/*
+
+    config.json, log.jsonl of each run ──> one row for all runs that differ in nothing but their seed
+
+The columns in front are the settings in which the rows differ. Dice is each run's best validation Dice, as
+train.py measured it during training; no prediction is made here.
+"""
+
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from support.metrics import _known_mean, _plain
+from support.files import make_parser
+from support.metrics import known_mean, plain
 
-OF_A_RUN = ("seed", "name", "root", "cache", "resume", "device", "workers", "sam_checkpoint", "val_every")
+# Arguments of train.py that say where and how it ran; runs that differ in them alone are repetitions.
+NOT_COMPARED = ("seed", "name", "root", "cache", "resume", "device", "workers", "sam_checkpoint", "val_every")
+
+
+def read_run(folder: Path) -> tuple[dict, dict, float, str]:
+    """Read the settings, the best epoch, the trained parameters in millions, and what is unfinished.
+
+    Raises:
+        ValueError: the folder holds no run, or a run that has not been validated yet.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        settings = {key: value for key, value in config["arguments"].items() if key not in NOT_COMPARED}
+        best = max(
+            (entry for entry in log if entry["val_dice"] is not None), key=lambda entry: entry["val_dice"]
+        )
+        done, epochs = log[-1]["epoch"], settings["epochs"]
+        unfinished = f"{folder} ({done} of {epochs} epochs)" if done < epochs else ""
+        return settings, best, config["parameters"]["total"][0] / 1e6, unfinished
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__} {error}"
+        raise ValueError(f"{folder}: found {found}, expected a validated run of train.py") from error
 
 
 def compare_runs(folders: Sequence[str | Path]) -> list[dict]:
-    """Print one table of training runs (the ladder of table 4, and any other), from config.json and log.jsonl alone.
+    """Print the table of some training runs, and which of them are not finished.
 
-    Runs that differ in nothing but their seed are one row: the mean of their best validation Dice, as measured while
-    training, and the lowest and highest of them. The columns in front are the settings in which rows differ.
-
+    Args:
+        folders: folders that train.py wrote.
     Returns:
-        The rows: "settings", "seeds", "millions" of trained parameters, "dice" of each seed, "per_class" means.
+        The rows: "settings", number of "seeds", "millions" of trained parameters, "dice" of each seed, and
+        "per_class" means.
     Raises:
-        ValueError: a folder is no run, or has not been validated yet.
+        ValueError: see `read_run`.
     """
-    groups: dict[str, list[tuple[dict, dict, float]]] = {}
-    unfinished = []
-    for folder in map(Path, folders):
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            settings = {key: value for key, value in config["arguments"].items() if key not in OF_A_RUN}
-            millions = config["parameters"]["total"][0] / 1e6
-            best = max((entry for entry in log if entry["val_dice"] is not None), key=lambda entry: entry["val_dice"])
-            if log[-1]["epoch"] < settings["epochs"]:
-                unfinished.append(f"{folder} ({log[-1]['epoch']} of {settings['epochs']} epochs)")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: found {type(error).__name__} {error}, expected a validated run") from error
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((settings, best, millions))
-    runs = [group[0][0] for group in groups.values()]
-    keys = list(dict.fromkeys(key for settings in runs for key in settings))
-    differing = [key for key in keys if len({json.dumps(settings.get(key)) for settings in runs}) > 1]
+    runs = [read_run(Path(folder)) for folder in folders]
+    groups: dict[str, list[tuple]] = {}  # the runs of each row, by their settings
+    for run in runs:
+        groups.setdefault(json.dumps(run[0], sort_keys=True), []).append(run)
+    settings = [group[0][0] for group in groups.values()]
+    keys = list(dict.fromkeys(key for row in settings for key in row))
+    differing = [key for key in keys if len({json.dumps(row.get(key)) for row in settings}) > 1]
     rows = []
     for group in groups.values():
-        all_settings, best, millions = zip(*group)
-        by_class = [entry["val_dice_per_class"] for entry in best]
-        means = {name: np.array([dice[name] for dice in by_class], np.float64) for name in by_class[0]}
-        rows.append({
-            "settings": {key: all_settings[0].get(key) for key in differing or ("variant",)},
-            "seeds": len(group), "millions": millions[0], "dice": [entry["val_dice"] for entry in best],
-            "per_class": {name: _plain(_known_mean(dice, 0)) for name, dice in means.items()},
-        })  # fmt: skip
-    print_comparison(rows)
-    if unfinished:
+        row = {"settings": {key: group[0][0].get(key) for key in differing or ("variant",)}}
+        row |= {
+            "seeds": len(group),
+            "millions": group[0][2],
+            "dice": [best["val_dice"] for _, best, *_ in group],
+        }
+        by_class = [best["val_dice_per_class"] for _, best, *_ in group]
+        values = {name: np.array([dice[name] for dice in by_class], np.float64) for name in by_class[0]}
+        rows.append(row | {"per_class": {name: plain(known_mean(dice, 0)) for name, dice in values.items()}})
+    print_rows(rows)
+    if unfinished := [run[3] for run in runs if run[3]]:
         print(f"Not finished: {', '.join(unfinished)}.")
     return rows
 
 
-def print_comparison(rows: list[dict]) -> None:
-    """The rows of `compare_runs`, in the order of their settings."""
+def print_rows(rows: list[dict]) -> None:
+    """Print the rows of `compare_runs` in the order of their settings."""
     classes = list(dict.fromkeys(name for row in rows for name in row["per_class"]))
     table = [[*rows[0]["settings"], "trained M", "seeds", "Dice", "lowest", "highest", *classes]]
     for row in sorted(rows, key=lambda row: [str(value) for value in row["settings"].values()]):
         dice = [np.mean(row["dice"]), min(row["dice"]), max(row["dice"])]
-        values = [f"{value:.4f}" for value in dice]
-        values += ["-" if row["per_class"].get(name) is None else f"{row['per_class'][name]:.4f}" for name in classes]
-        table.append([*map(str, row["settings"].values()), f"{row['millions']:.2f}", str(row["seeds"]), *values])
+        by_class = [row["per_class"].get(name) for name in classes]
+        cells = ["-" if value is None else f"{value:.4f}" for value in (*dice, *by_class)]
+        settings = map(str, row["settings"].values())
+        table.append([*settings, f"{row['millions']:.2f}", str(row["seeds"]), *cells])
     widths = [max(map(len, column)) for column in zip(*table)]
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
-    print("Best validation Dice while training, without mirroring: the same cases chose the epoch.")
+    print("Dice is the best one during training, without mirroring: its cases chose the epoch too.")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that train.py wrote")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Compare the runs of the command line; a wrong folder becomes one message."""
+    try:
+        return compare_runs(parse_arguments(argv).runs)
+    except ValueError as error:
+        raise SystemExit(f"compare.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
