@@ -1,4 +1,4 @@
-"""Claims about auxiliary masks, boxes and class tokens, and the prompts made of them (paper 2.3, fig. 3b, 5)."""
+"""Claims about auxiliary masks, boxes and class tokens, and the prompts made of them (2.3, fig. 3b, 5)."""
 
 import pytest
 import torch
