@@ -139,7 +139,7 @@ def draw_frame(
 def _draw_heart(
     a: dict, contraction: float, along: np.ndarray, dy: np.ndarray, dx: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Return class ids (D, H, W), distance from the long axis, and the radii of the pool and of the ring in mm."""
+    """Return class ids (D, H, W), distances from the long axis, and the radii of pool and ring, in mm."""
     inside = (along >= 0) & (along < 1)
     taper = np.sqrt(np.clip(1 - (0.93 * along.clip(0)) ** 2.5, 0, None))
     angle, turn = np.arctan2(dy, dx), a["septum"]

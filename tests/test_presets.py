@@ -1,0 +1,34 @@
+"""The presets: labels, scored organs, and sizes that a backbone or a folder's cases bring."""
+
+import numpy as np
+
+from support.presets import PRESETS, folder_preset, recipe
+
+
+def test_labels_scored_organs_and_flips_belong_together():
+    synapse = PRESETS["synapse"].task
+    organs = {"spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas"}
+    assert {synapse.labels[i] for i in synapse.scored} == organs
+    sizes = {name: len(preset.task.labels) for name, preset in PRESETS.items()}
+    assert sizes == {"phantom": 4, "acdc": 4, "synapse": 14, "amos": 16}
+    assert PRESETS["acdc"].task.labels[1:] == ("RV", "Myo", "LV")
+    assert PRESETS["amos"].task.labels[13] == "duodenum"
+    for preset in PRESETS.values():  # a flipped left kidney would be a right one
+        assert not preset.task.flip_axes or not any("left" in name for name in preset.task.labels)
+
+
+def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
+    acdc = PRESETS["acdc"]
+    tiny = recipe(acdc, "tiny")
+    assert tiny.patch_size == (4, 160, 160) and tiny.encoder_size == (320, 320) and tiny.epochs == 36
+    assert tiny.task is acdc.task and tiny.num_queries == acdc.num_queries
+    assert recipe(acdc, "vit_h") is acdc and recipe(PRESETS["phantom"], "tiny") is PRESETS["phantom"]
+
+
+def test_the_preset_of_a_folder_fits_its_median_case():
+    task = PRESETS["acdc"].task
+    preset = folder_preset(task, [(8, 10, 12), (9, 11, 11), (2, 300, 9)])
+    assert preset.patch_size == (8, 12, 12) and preset.encoder_size == (48, 48) and preset.task is task
+    assert len(task.labels) <= preset.num_queries == 8
+    large = folder_preset(task, np.array([[20, 300, 100]]))
+    assert large.patch_size == (8, 256, 100) and large.encoder_size == (1024, 400)
