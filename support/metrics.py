@@ -37,7 +37,7 @@ ABSENT = {
 CONVENTIONS = tuple(ABSENT)
 RESAMPLES = 1000  # Ours: number of bootstrap samples
 
-# -------------------------------------------------------------------------------------------------- one case
+# --------------------------------------------------------------------------------------------------- one case
 
 
 def dice_per_class(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
@@ -153,7 +153,7 @@ def score_maps(
     return dict(zip(METRICS, rows.T)) | {"presence": rows[:, 3].astype(np.uint8)}
 
 
-# ------------------------------------------------------------------------------------------------- all cases
+# -------------------------------------------------------------------------------------------------- all cases
 
 
 def summarize(
@@ -183,6 +183,9 @@ def summarize(
     cases = list(scores.values())
     # (cases, classes) per metric
     values = {metric: np.stack([case[metric] for case in cases]) for metric in METRICS if metric in cases[0]}
+    classes = next(iter(values.values())).shape[1]
+    if classes != len(names):
+        raise ValueError(f"scores: found {classes} classes, expected {len(names)}: {', '.join(names)}")
     counts = {"cases": (~np.isnan(next(iter(values.values())))).sum(0)}
     if "presence" in cases[0]:
         presence = np.stack([case["presence"] for case in cases])
@@ -190,8 +193,7 @@ def summarize(
         counts |= {key: (presence == state).sum(0) for key, state in states.items()}
 
     def by_class(columns: dict[str, np.ndarray]) -> dict[str, dict]:
-        rows = zip(*columns.values(), strict=True)
-        return {name: dict(zip(columns, map(plain, row))) for name, row in zip(names, rows, strict=True)}
+        return {name: dict(zip(columns, map(plain, row))) for name, row in zip(names, zip(*columns.values()))}
 
     return {
         "mean": {metric: plain(_class_mean(table[:, columns])) for metric, table in values.items()},
@@ -230,7 +232,7 @@ def _interval(values: np.ndarray) -> list[float] | None:
     return np.percentile(_class_mean(values[draws]), (2.5, 97.5)).tolist()
 
 
-# ------------------------------------------------------------------------------------------ tables and files
+# ------------------------------------------------------------------------------------------- tables and files
 
 
 def print_table(results: dict) -> None:
