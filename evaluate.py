@@ -1,15 +1,15 @@
-"""Predict whole cases with one checkpoint or several, and score label maps of any origin (paper 3, tables 1-3).
+"""Predict whole cases with one checkpoint or several, and score label maps (paper 3, tables 1-3).
 
-    case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> slabs (K, d, H, W) ── resample_scores ──> label map
+    case ── prepare_case ──> (C, D, H, W) ── sliding windows ──> (K, n, H, W) ── resample_scores ──> label map
 
-    python evaluate.py --ckpt runs/acdc-vit_b/best.pt               the validation cases: NIfTI files and scores
+    python evaluate.py --ckpt runs/acdc-vit_b/best.pt               the validation cases: files and scores
     python evaluate.py --ckpt FILE --split test                     the test cases; several FILEs are averaged
     python evaluate.py --ckpt FILE --input DIR --output DIR         images without labels
-    python evaluate.py --ckpt FILE --split testing --submission     hidden labels: label maps and a zip to submit
+    python evaluate.py --ckpt FILE --split testing --submission     hidden labels: label maps and a zip file
     python evaluate.py --predictions DIR --data acdc --split test   score the label maps of another program
 
-A checkpoint is enough to rebuild its model, with SAM's own file if SAM is frozen. Predictions go to
-predictions-<split> beside the checkpoint. Those that are there from the same checkpoint, images and options stay.
+A model is rebuilt from its checkpoint, and SAM's own file if SAM is frozen. Predictions go to
+predictions-<split> beside the checkpoint. Files from the same checkpoint, images and options are kept.
 """
 
 import os
@@ -49,8 +49,8 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 def window_weights(size: Sequence[int]) -> Tensor:
     """Return the Gaussian weights of a window's voxels, at most 1.
 
-    Release: sigma is 1/8 of the window (nnU-Net's). Ours: at least 1e-3, because only one window sees the far
-    corners of a volume, and tiny weights would lose digits there.
+    Release: nnU-Net's sigma, 1/8 of the window. Ours: at least 1e-3, because only one window sees the corners
+    of a volume, where smaller weights would lose digits.
     """
     weights = torch.ones(())
     for n in size:
@@ -60,16 +60,12 @@ def window_weights(size: Sequence[int]) -> Tensor:
 
 
 def pad_to_window(volume: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Pad a volume (C, D, H, W) with each channel's minimum to a window's size or more.
-
-    Returns:
-        The volume, and the number of voxels added before the first one along (D, H, W).
-    """
+    """Pad a volume (C, D, H, W) to `size` or more. Return it, and how many voxels lie before the old ones."""
     spare = [max(p - n, 0) for p, n in zip(size, volume.shape[1:])]
     before = [s // 2 for s in spare]
     if any(spare):
         sides = [side for s, b in zip(reversed(spare), reversed(before)) for side in (b, s - b)]
-        floor = volume.amin((1, 2, 3), keepdim=True)
+        floor = volume.amin((1, 2, 3), keepdim=True)  # each channel is padded with its minimum
         volume = F.pad(volume - floor, sides) + floor
     return volume, before
 
@@ -80,22 +76,19 @@ def sliding_window_inference(
     patch_size: Sequence[int],
     overlap: float = 0.5,
     batch_size: int = 1,
-    device: str | torch.device = "cpu",
     desc: str | None = None,
 ) -> Iterator[Tensor]:
     """Average the semantic maps of overlapping windows, and yield slices as soon as they are complete.
 
     Args:
-        predict: (B, C, d, h, w) on the device -> (B, K, d, h, w).
+        predict: (B, C, d, h, w) -> (B, K, d, h, w).
         volume: (C, D, H, W), of any size.
         patch_size: (d, h, w), the size of a window.
         overlap: share of a window that the next window covers too, in [0, 1). Release: 0.5.
-        batch_size: number of windows per call.
-        device: where `predict` computes.
-        desc: title of the progress bar; None shows none.
+        batch_size: number B of windows per call.
+        desc: title of a progress bar, or None.
     Yields:
-        (K, n, H, W) float32 on the CPU: slabs in order, D slices together. Only the slices of one window's depth
-        and one batch are held.
+        (K, n, H, W) float32 on the CPU, D slices together. At most a window's depth and a batch are held.
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"--overlap: found {overlap}, expected a share from 0 to below 1")
@@ -109,7 +102,7 @@ def sliding_window_inference(
     for first in tqdm(range(0, len(corners), batch_size), desc, leave=False, disable=desc is None):
         batch = corners[first : first + batch_size]
         windows = [tuple(slice(s, s + p) for s, p in zip(corner, patch_size)) for corner in batch]
-        maps = predict(torch.stack([volume[:, *window] for window in windows]).to(device)).float().cpu()
+        maps = predict(torch.stack([volume[:, *window] for window in windows])).float().cpu()
         total = maps.new_zeros(maps.shape[1], 0, *shape[1:]) if total is None else total
         new = windows[-1][0].stop - done - len(weight_sum)  # slices that no window has reached before
         if new > 0:
@@ -129,58 +122,51 @@ def sliding_window_inference(
 # --------------------------------------------------------------------------------------------------- one case
 
 
-def predict_scores(
-    model: MaskSAM,
-    prepared: data.Prepared,
+def predict_case(
+    models: Sequence[MaskSAM],
+    prepared: Sequence[data.Prepared],
     device: str | torch.device = "cpu",
     amp: str = "off",
     mirror_axes: Sequence[int] = (),
+    largest: Sequence[int] = (),
     **windows,
-) -> Iterator[Tensor]:
-    """Yield the semantic map of a case on the grid of its file, in slabs (K, n, H, W) of slices.
+) -> np.ndarray:
+    """Predict the label map of a case, (D, H, W) uint8, on the grid of its file.
 
     Args:
-        model: in evaluation mode, on the device.
-        prepared: the case, as `data.prepare_case` or `data.load_cached` returns it.
-        device: where the model is.
+        models: in evaluation mode, on the device. The average of their semantic maps counts.
+        prepared: the case, as `data.prepare_case` or `data.load_cached` made it by the plan of each model.
+        device: where the models are.
         amp: key of `files.AMP_TYPES`.
-        mirror_axes: axes of (D, H, W); the maps of all flips along them are averaged. Ours (nnU-Net does it too):
-            those of the plan, along which flipped patches keep their labels.
+        mirror_axes: axes of (D, H, W). Ours, as in nnU-Net: the maps of all flips along them are averaged.
+        largest: class ids for `keep_largest_component`.
         windows: options of `sliding_window_inference`.
     """
     axes = [axis - 3 for axis in mirror_axes]
     flips = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
 
-    def predict(volumes: Tensor) -> Tensor:
-        with torch.no_grad(), files.autocast(device, amp):
-            return sum(model.predict(volumes.flip(flip)).flip(flip) for flip in flips) / len(flips)
+    def scores(
+        model: MaskSAM, case: data.Prepared
+    ) -> Iterator[Tensor]:  # slabs (K, n, D', H') of the file's grid
+        def predict(volumes: Tensor) -> Tensor:
+            volumes = volumes.to(device)
+            with torch.no_grad(), files.autocast(device, amp):
+                return sum(model.predict(volumes.flip(flip)).flip(flip) for flip in flips) / len(flips)
 
-    volume = prepared.network_input()
-    slabs = sliding_window_inference(predict, volume, model.config.patch_size, device=device, **windows)
-    return data.resample_scores(slabs, volume.shape[1], prepared.geometry.shape)
+        volume = case.network_input()  # (C, D, H, W)
+        slabs = sliding_window_inference(predict, volume, model.config.patch_size, **windows)
+        return data.resample_scores(slabs, volume.shape[1], case.geometry.shape)
 
-
-def predict_case(
-    models: Sequence[MaskSAM], prepared: Sequence[data.Prepared], largest: Sequence[int] = (), **options
-) -> np.ndarray:
-    """Return the label map of a case, (D, H, W) uint8, on the grid of its file.
-
-    Args:
-        models: the semantic maps of all of them are averaged, on the grid of the file.
-        prepared: the case, prepared by the plan of each model.
-        largest: class ids for `keep_largest_component`.
-        options: of `predict_scores`.
-    """
-    streams = [predict_scores(model, case, **options) for model, case in zip(models, prepared)]
+    streams = [scores(model, case) for model, case in zip(models, prepared)]
     label = np.concatenate([sum(parts).argmax(0).to(torch.uint8).numpy() for parts in zip(*streams)])
     return keep_largest_component(label, largest)
 
 
 def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
-    """Set all but the largest connected component of some classes to background (Ours: an option, off by default).
+    """Set all but the largest component of some classes to background. Ours: an option, as in nnU-Net.
 
     Args:
-        label: (D, H, W), changed in place. Voxels that touch at a corner are connected, as in nnU-Net.
+        label: (D, H, W), changed in place. Voxels that touch at a corner are connected.
         class_ids: the classes.
     """
     boxes = ndimage.find_objects(label)
@@ -193,20 +179,11 @@ def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.nd
     return label
 
 
-def score_case(
-    model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **options
-) -> dict[str, np.ndarray]:
-    """Return the Dice of a predicted case, (K-1,), for the validation during training.
-
-    Args:
-        model: in evaluation mode.
-        case: for its label file.
-        prepared: the case, prepared by the plan of the model.
-        options: of `predict_scores`.
-    """
-    num_classes = model.config.num_classes
-    truth, _ = nifti.read_label(case.label, num_classes)
-    return {"dice": metrics.dice_per_class(predict_case([model], [prepared], **options), truth, num_classes)}
+def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **options) -> dict:
+    """Predict a case and return its Dice, for `metrics.summarize`; `predict_case` describes the options."""
+    truth, _ = nifti.read_label(case.label, model.config.num_classes)
+    prediction = predict_case([model], [prepared], **options)
+    return {"dice": metrics.dice_per_class(prediction, truth, model.config.num_classes)}
 
 
 # ------------------------------------------------------------------------------------------------- many cases
@@ -215,13 +192,11 @@ def score_case(
 def find_cases(
     args: argparse.Namespace, trained_with: Sequence[dict]
 ) -> tuple[layouts.DataSource, Sequence[layouts.Case]]:
-    """Find a data set and the cases of `args.split`. An open `args.fold` is filled in.
+    """Find a data set and the cases of a split. An open `args.fold` is filled in.
 
     Args:
         args: with data, root, fold and split.
         trained_with: arguments of train.py, from the checkpoints; they are the defaults.
-    Raises:
-        ValueError: there is no such split, or one of several checkpoints was trained on its cases.
     """
     first = trained_with[0] if trained_with else {"root": None}
     args.fold = first.get("fold") if args.fold is None else args.fold
@@ -248,18 +223,18 @@ def predict_files(
     predict: Callable[[layouts.Case], tuple[np.ndarray, nifti.Geometry]],
     workers: int = 1,
 ) -> None:
-    """Predict the cases that are not done yet. All input files are checked before anything is written.
+    """Predict the cases that are not done yet. All images are checked before anything is written.
 
     Args:
         cases: the cases.
         paths: the file to write for each case, all in one folder.
-        num_classes: K, to check the labels.
-        description: case -> text in the header of its file. It changes with everything that the prediction
-            depends on, so a file with this text is done.
+        num_classes: K.
+        description: case -> text for the header of its file, which names all that the prediction depends on.
+            A file that has this text is done.
         predict: case -> label map (D, H, W) and the geometry of its image.
         workers: number of threads for the checks.
     Raises:
-        ValueError: lists everything that is wrong with the input files.
+        ValueError: lists everything that is wrong with the images.
     """
     if problems := data.check_cases(cases, num_classes, workers):
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
@@ -271,32 +246,14 @@ def predict_files(
 
 
 def score_files(
-    cases: Sequence[layouts.Case],
-    paths: Sequence[Path],
-    source: layouts.DataSource,
-    tolerance: float = 1.0,
-    convention: str = "masksam",
-    workers: int = 1,
+    cases: Sequence[layouts.Case], paths: Sequence[Path], source: layouts.DataSource, args: argparse.Namespace
 ) -> dict:
-    """Compare label maps with the truth. All files are checked before the first is scored.
-
-    Args:
-        cases: cases with labels.
-        paths: the label map of each case.
-        source: the data set, for its labels and scored classes.
-        tolerance: of NSD, in mm.
-        convention: of `metrics.score_maps`.
-        workers: number of threads.
-    Returns:
-        `metrics.summarize`.
-    Raises:
-        ValueError: lists every file with another shape, place or label than the truth.
-    """
+    """Compare label maps with the truth, after a check of all of them; see `report` for the arguments."""
     num_classes, scores = len(source.task.labels), {}
     truths = [dataclasses.replace(case, images=(), box_source=None) for case in cases]
-    if problems := data.check_cases(truths, num_classes, workers, paths):
+    if problems := data.check_cases(truths, num_classes, args.workers, paths):
         raise ValueError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
-    options = {"tolerance": tolerance, "convention": convention, "workers": workers}
+    options = {"tolerance": args.tolerance, "convention": args.convention, "workers": args.workers}
     for case, path in zip(tqdm(cases, "scoring"), paths):
         truth, geometry = nifti.read_label(case.label, num_classes)
         prediction, _ = nifti.read_label(str(path), num_classes)
@@ -322,15 +279,15 @@ def report(
         facts: about the predictions, to be stored with the results.
         suffix: of the names of the files, for given boxes.
     Returns:
-        The results; None if no case has a label.
+        `metrics.summarize` and the facts; None if no case has a label.
     """
     labelled = [pair for pair in zip(cases, paths) if pair[0].label is not None]
     if not labelled:
         return None
-    results = score_files(*zip(*labelled), source, args.tolerance, args.convention, args.workers)
-    results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
     name = source.name if source.name in PRESETS else source.root
-    results |= {"data": name, "root": source.root, "split": args.split, "fold": args.fold}
+    facts |= {"data": name, "root": source.root, "split": args.split, "fold": args.fold}
+    results = score_files(*zip(*labelled), source, args)
+    results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
     metrics.print_table(results)
     output = Path(args.output or paths[0].parent)
     output.mkdir(parents=True, exist_ok=True)
@@ -339,14 +296,14 @@ def report(
 
 
 def describe_box_source(where: str) -> str:
-    """Return the part of a file's description that names the source of given boxes, "" for --prompts auto."""
+    """Return the words for a file's header that name the source of given boxes, "" if there are none."""
     return layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)[
         :45
     ]  # A header has 79 bytes.
 
 
 def read_box_source(paths: Iterable[Path]) -> str | None:
-    """Return the source of boxes that `describe_box_source` named in label maps; None if there is none."""
+    """Return the source that `describe_box_source` named in the headers of label maps, or None."""
     found = (re.search(r", boxes of (\S+)", nifti.read_description(path)) for path in paths)
     return next((match[1] for match in found if match), None)
 
@@ -366,7 +323,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", **option | {"help": option["help"].split(" (")[0] + " (default: as in training)"})
     add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
     add("--input", metavar="DIR", help="images without labels to predict, instead of a split")
-    add("--output", metavar="DIR", help="folder to write (default: predictions-<split> beside the checkpoint)")
+    add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
     add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
@@ -390,7 +347,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f"--tolerance: found {args.tolerance}, expected more than 0 mm": args.tolerance <= 0,
     }
     for name, folder in (("--input", args.input), ("--prompts", given and args.prompts)):
-        problem = f"{name}: found the folder of --output, expected another, or predictions would replace its files"
+        problem = f"{name}: found the folder of --output, expected another: its files would be replaced"
         problems[problem] = folder and output == Path(folder).resolve()
     for problem, found in problems.items():
         if found:
@@ -441,7 +398,7 @@ def predict(args: argparse.Namespace) -> dict | None:
 
 
 def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layouts.DataSource | None) -> None:
-    """Raise ValueError unless all models take `--prompts` and have the labels and channels of the data set."""
+    """Raise ValueError unless the models take `--prompts`, and agree with the data set in their task."""
     for path, model in zip(args.ckpt, models):
         if model.config.given_boxes != (args.prompts != "auto"):
             expected = "gt or a folder" if model.config.given_boxes else "auto"
@@ -450,10 +407,8 @@ def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layou
     labels, channels = tasks[0].labels, len(tasks[0].channels)
     for path, task in others.items():
         if (task.labels, len(task.channels)) != (labels, channels):
-            raise ValueError(
-                f"{path}: found {task.labels} from {len(task.channels)} channels, expected those of "
-                f"{args.ckpt[0]}: {labels} from {channels}"
-            )
+            found, expected = f"{task.labels} from {len(task.channels)}", f"{labels} from {channels}"
+            raise ValueError(f"{path}: found {found} channels, expected {expected} as in {args.ckpt[0]}")
 
 
 def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
