@@ -77,7 +77,7 @@ def test_a_label_map_of_another_shape_and_a_failing_write_leave_what_was_there(t
     )
 
 
-# kind -> (file of the case, how it is spoilt, what is found). The voxels `a` are (x, y, z), 12 x 10 x 8.
+# --------------------------------------------------------------------------------------------------- checking
 
 
 def header_field(path: Path, offset: int, content: bytes) -> None:
