@@ -122,9 +122,8 @@ def test_terms_of_parts_that_a_variant_does_not_make_are_left_out():
 def test_confident_logits_do_not_overflow():
     masks = torch.tensor([[[[True, False]], [[False, True]]]])
     bce, dice = matcher.pairwise_mask_terms(torch.tensor([1e4, -1e4]).expand(1, 1, 1, 2), masks)
-    close(
-        torch.cat([bce, dice]), torch.tensor([[[0, 1e4]], [[0, 1 - 1 / 3]]])
-    )  # all wrong: (0 + 1) / (2 + 1)
+    # A mask that is wrong everywhere has the Dice fraction (0 + 1) / (2 + 1).
+    close(torch.cat([bce, dice]), torch.tensor([[[0, 1e4]], [[0, 1 - 1 / 3]]]))
 
 
 def cheapest(outputs: Outputs, segments: Segments, weights, no_object_weight) -> tuple[float, list[float]]:
@@ -275,7 +274,7 @@ def test_a_step_copies_from_the_device_once_and_makes_no_tensor_elsewhere(monkey
     outputs = {key: value.to("meta").requires_grad_() for key, value in outputs.items()}
     outputs["asked"] = torch.ones(4, 3, dtype=torch.bool, device="meta")
     copies = []
-    monkeypatch.setattr(Tensor, "cpu", lambda self: copies.append(self) or torch.zeros(self.shape))
+    monkeypatch.setattr(Tensor, "cpu", lambda self: copies.append(self) or torch.ones(self.shape))
     loss_of(outputs, Segments(*(x.to("meta") for x in segments))).backward()
     assert len(copies) == 1 and outputs["mask_logits"].grad.is_meta
 
