@@ -141,10 +141,8 @@ def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_c
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Call `scaled_dot_product_attention` for a value that may be narrower than query and key.
 
-    Ours: flash attention wants one width for all three, so the value is padded with zeros and the result is cut
-    again. cuDNN's kernel, torch's choice on an H100 and later, takes a narrow value: 9.7 instead of 10.4 ms for
-    forward and backward of one global block of ViT-B at 1024 (flash 16.0, FlexAttention 61, scores with a bias 30;
-    eight slices, bf16, H100, torch 2.11).
+    Ours: flash attention wants one width for all three, so the value is padded with zeros and the result is
+    cut again. cuDNN's kernel, torch's choice on an H100 and later, takes a narrow value.
 
     Args:
         query, key: (R, heads, tokens, width).
