@@ -235,13 +235,7 @@ def parts_never_read(sam: nn.Module, form: str) -> list[nn.Module]:
 
 
 class EncoderBlockAdapters(nn.Module):
-    """The two adapters that fig. 4c inserts into one block of SAM's ViT (2.5 iii). SAM keeps the block.
-
-    Args:
-        adapter: class of the adapters.
-        dim: width of the ViT.
-        depth: D.
-    """
+    """The two adapters that fig. 4c inserts into one block of SAM's ViT, of width `dim` (2.5 iii)."""
 
     def __init__(self, adapter: type[adapters.VanillaAdapter], dim: int, depth: int):
         super().__init__()
@@ -294,18 +288,17 @@ class ViTEncoder:
     def __call__(self, x, depth_embed, insertions, again: bool) -> tuple[Tensor, list[Tensor]]:
         """Repeat SAM's `ImageEncoderViT.forward` with depth embedding, adapters and taps (fig. 3a).
 
-        Args:
-            x: (S, 3, *encoder_size).
-            depth_embed: (D, 1, 1, width) or None.
-            insertions: the adapters of each block.
-            again: whether backward computes every block again, instead of keeping its activations.
+        x (S, 3, *encoder_size), depth_embed (D, 1, 1, width) or None, insertions per block -> neck, taps.
+        With `again`, backward computes every block again, instead of keeping its activations.
         """
         encoder, insertions, taps = self.encoder, iter(insertions), []  # +
         x = encoder.patch_embed(x)
         if getattr(encoder, "pos_embed", None) is not None:  # +
             x = x + encoder.pos_embed
+        # (S, h, w, width): every token of slice d gets embedding d (2.5 ii).
         if depth_embed is not None:  # +
             x = (x.unflatten(0, (-1, len(depth_embed))) + depth_embed).flatten(0, 1)  # +
+        # Each block with its two adapters (2.5 iii); a tap (S, width, h, w) behind each stage.
         for blocks, downsample in self.stages:  # +
             for blk in blocks:  # +
                 call = (blk, x) if isinstance(blk, ConvBlock) else (next(insertions), x, blk)  # +
@@ -336,11 +329,13 @@ def two_way_transformer(transformer, insertions, depth_embed, image_embedding, i
     bs, c, h, w = image_embedding.shape
     image_embedding = image_embedding.flatten(2).permute(0, 2, 1)
     image_pe = image_pe.flatten(2).permute(0, 2, 1)
+    # (1 or D, 1, h*w, width): a slice has its own position codes, the same for all its queries.
     image_pe = image_pe[None] if depth_embed is None else image_pe[None] + depth_embed  # +
     queries = point_embedding
     keys = image_embedding
     for layer, insertion in zip(transformer.layers, insertions):  # +
         queries, keys = insertion(layer, queries, keys, point_embedding, image_pe, (h, w), n)  # +
+    # The tokens attend to the image for a last time.
     q = queries + point_embedding
     k = add_position(keys, image_pe, n)  # +
     attn_out = transformer.final_attn_token_to_image(q=q, k=k, v=keys)
@@ -355,13 +350,9 @@ def add_position(keys: Tensor, key_pe: Tensor, n: int) -> Tensor:
 
 
 class DecoderBlockAdapters(nn.Module):
-    """The four adapters that fig. 3c inserts into one block of SAM's two-way transformer.
+    """The four adapters that fig. 3c inserts into one block of SAM's two-way transformer (2.6).
 
-    Args:
-        image_adapter: class of the adapter for image tokens.
-        token_adapter: class of the adapters for prompt tokens.
-        dim: width of the decoder.
-        depth: D.
+    `image_adapter` is the class for image tokens, `token_adapter` for prompt tokens; `dim` is the width.
     """
 
     def __init__(self, image_adapter, token_adapter, dim: int, depth: int):
@@ -377,6 +368,7 @@ class DecoderBlockAdapters(nn.Module):
         queries and query_pe (S*N, T, width), keys (S*N, h*w, width), key_pe (1 or D, 1, h*w, width), grid
         (h, w) -> queries and keys of the same shapes.
         """
+        # Tokens attend to tokens of their own query: (S*N, T, width).
         if block.skip_first_layer_pe:
             queries = block.self_attn(q=queries, k=queries, v=queries)
             queries = self.behind_self_attention(queries, n)  # +

@@ -1,14 +1,19 @@
-"""What several test files share."""
+"""Settings of the suite, and what several test files share."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
+
+if "MASKSAM_TEST_CUDA" not in os.environ:  # before torch is imported
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from networks import wake_sam
 
-from model import BACKBONES
-from support.checkpoints import file_sha256
+from support.sam import BACKBONES, file_sha256
 
 
 @pytest.fixture
@@ -16,9 +21,9 @@ def small(monkeypatch, tmp_path) -> Path:
     """Register "small": `tiny`'s shapes as a pre-trained, hence frozen, SAM whose file lies in a temporary folder."""
     path = tmp_path / "small.pth"
     torch.manual_seed(1)
-    sam = BACKBONES["tiny"].build()
-    wake_sam(sam)
-    torch.save(sam.state_dict(), path)
-    entry = dataclasses.replace(BACKBONES["tiny"], file="small.pth", sha256=file_sha256(path))
+    torch.save(wake_sam(BACKBONES["tiny"].build()).state_dict(), path)
+    entry = dataclasses.replace(
+        BACKBONES["tiny"], file=path.name, sha256=file_sha256(path), url=path.as_uri()
+    )
     monkeypatch.setitem(BACKBONES, "small", entry)
     return path

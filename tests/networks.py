@@ -1,4 +1,4 @@
-"""Small networks with something to do for every part, and tasks for them."""
+"""Small networks in which every part has something to do, and tasks for them."""
 
 import torch
 import torch.nn.functional as F
@@ -9,26 +9,35 @@ from model import MaskSAM, MaskSAMConfig
 
 
 def tiny(**changes) -> MaskSAM:
+    """`tiny` on 4 x 4 tokens; `tiny(sam="lite_medsam")` is TinyViT on 5 x 6, in no stage a multiple of its windows."""
     torch.manual_seed(0)
-    defaults = {"num_classes": 3, "num_queries": 3, "patch_size": (2, 32, 32), "encoder_size": (64, 64)}
-    return MaskSAM(MaskSAMConfig(**{"sam": "tiny"} | defaults | changes))
+    sizes = {"mobile_sam": (80, 96), "lite_medsam": (20, 24)}
+    defaults = {"sam": "tiny", "num_classes": 3, "num_queries": 3, "patch_size": (2, 32, 32)}
+    defaults["encoder_size"] = sizes.get(changes.get("sam"), (64, 64))
+    return MaskSAM(MaskSAMConfig(**defaults | changes))
 
 
 @torch.no_grad()
-def wake_sam(sam: nn.Module) -> None:
+def wake_sam(sam: nn.Module) -> nn.Module:
     """Randomise what SAM initialises at zero and pre-training fills, so that leaving it out changes the result."""
-    encoder = sam.image_encoder
-    encoder.pos_embed.normal_()
-    for name, parameter in encoder.named_parameters():
-        if "rel_pos" in name:
+    for name, parameter in sam.image_encoder.named_parameters():
+        if "rel_pos" in name or name == "pos_embed":
             parameter.normal_(std=0.5)
-        elif name.startswith("blocks") and "norm" in name or name.endswith("bias"):
-            parameter.add_(0.3 * torch.randn_like(parameter))  # pad tokens are zeros behind the norm, not before it
+        elif "norm" in name or "bn" in name or name.endswith(("bias", "attention_biases")):
+            parameter.add_(
+                0.3 * torch.randn_like(parameter)
+            )  # pad tokens are zeros behind the norm, not before
+    for name, buffer in sam.image_encoder.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.2, 0.5)
+    return sam
 
 
 @torch.no_grad()
 def wake(module: nn.Module, std: float = 0.2) -> nn.Module:
-    """Randomise all weights of what starts silent; returns the module."""
+    """Randomise all weights of what starts silent."""
     for parameter in module.parameters():
         parameter.normal_(std=std)
     return module
@@ -41,10 +50,10 @@ def labels_to_segments(labels: Tensor, num_classes: int) -> Segments:
 
 def task(net: MaskSAM, batch: int = 1, seed: int = 0) -> tuple[Tensor, Segments]:
     """A patch of noise, with blocks of every class as truth."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, classes = torch.Generator().manual_seed(seed), net.config.num_classes
     depth, height, width = net.config.patch_size
     volume = torch.randn(batch, net.config.num_channels, depth, height, width, generator=generator)
-    coarse = torch.randint(0, net.config.num_classes, (batch * depth, 1, 4, 4), generator=generator)
-    coarse.flatten(1)[:, : net.config.num_classes] = torch.arange(net.config.num_classes)
+    coarse = torch.randint(0, classes, (batch * depth, 1, 4, 4), generator=generator)
+    coarse.flatten(1)[:, :classes] = torch.arange(classes)
     labels = F.interpolate(coarse.float(), size=(height, width), mode="nearest")[:, 0].long()
-    return volume, labels_to_segments(labels, net.config.num_classes)
+    return volume, labels_to_segments(labels, classes)
