@@ -57,11 +57,7 @@ def check_cases(
 ) -> list[str]:
     """Read every file of some cases, and return one line "FILE: found X, expected Y" for each problem.
 
-    Args:
-        cases: cases to check.
-        num_classes: K, one more than the largest label id.
-        workers: number of threads.
-        others: one more label map per case, which must lie where the case lies.
+    If there are `others`, they are one more label map per case, which must lie where the case lies.
     """
     files = [[other] for other in others] if others is not None else [[]] * len(cases)
     pairs = [*zip(cases, files)]
@@ -103,12 +99,11 @@ class Plan:
         def tuples(value):
             return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-        try:
-            task = Task(**{key: tuples(value) for key, value in values["task"].items()})
-            return cls(values["data"], task, tuples(values["spacing"]), tuples(values["intensity"]))
-        except (KeyError, TypeError) as error:
+        if values.keys() != cls.__dataclass_fields__.keys():
             expected = list(cls.__dataclass_fields__)
-            raise ValueError(f"plan: found {list(values)}, expected {expected}; train again") from error
+            raise ValueError(f"plan: found {list(values)}, expected {expected}; train again")
+        task = Task(**{key: tuples(value) for key, value in values["task"].items()})
+        return cls(values["data"], task, tuples(values["spacing"]), tuples(values["intensity"]))
 
 
 def make_plan(source: DataSource, workers: int = 1) -> Plan:
@@ -272,16 +267,10 @@ PARTS = ("image", "minimum", "foreground", "label")  # files of a case; with the
 
 
 def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan:
-    """Check all files, make the plan, and write every labelled case as memory-mapped arrays.
+    """Check all files, make the plan, and write every labelled case as memory-mapped arrays to `cache_dir`.
 
-    Files that are there already are kept, so an interrupted run continues.
-
-    Args:
-        source: data set of `find_data`.
-        cache_dir: folder for the arrays.
-        workers: number of threads.
-    Raises:
-        ValueError: the message lists all problems, and nothing was written.
+    Arrays that are there already are kept, so an interrupted run continues. If files have problems, nothing
+    is written, and a ValueError lists them all.
     """
     folder, num_classes = Path(cache_dir), len(source.task.labels)
     cases = [case for split in source.splits.values() for case in split]
@@ -351,7 +340,7 @@ def _box_file(case: Case, plan: Plan, cache_dir: str | Path) -> Path | None:
 
 
 def file_key(settings, paths: Iterable[str | Path]) -> str:
-    """Return 16 characters that change if a file or a setting changes, to name results that were made of them.
+    """Return 16 characters that change if a file or a setting changes, to name the results made of them.
 
     Args:
         settings: any value that JSON can hold.

@@ -33,10 +33,8 @@ def test_one_volume_reads_the_same_however_it_is_stored_and_returns_to_its_place
         original, written = nib.load(tmp_path / "v.nii"), nib.load(tmp_path / "w.nii.gz")
         assert np.array_equal(np.asarray(written.dataobj), array) and written.get_data_dtype() == np.uint8
         assert np.array_equal(written.affine, original.affine)
-        (sform, sform_code), (qform, qform_code) = (
-            written.get_sform(coded=True),
-            written.get_qform(coded=True),
-        )
+        sform, sform_code = written.get_sform(coded=True)
+        qform, qform_code = written.get_qform(coded=True)
         assert sform_code > 0 and qform_code > 0 and np.allclose(qform, sform, atol=1e-4)
 
 
@@ -72,9 +70,7 @@ def test_a_label_map_of_another_shape_and_a_failing_write_leave_what_was_there(t
     with pytest.raises(OSError, match=f"{path} could not be written .disk full"):
         nifti.write_label_map(path, np.zeros((2, 3, 4), np.uint8), BOX)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.nii.gz"]
-    assert (
-        nifti.read_description(path) == "made by a test" and nifti.read_description(tmp_path / "y.nii") == ""
-    )
+    assert nifti.read_description(path) == "made by a test" and not nifti.read_description(tmp_path / "y.nii")
 
 
 # --------------------------------------------------------------------------------------------------- checking
@@ -102,7 +98,6 @@ COLOURS = np.zeros((12, 10, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])
 # fmt: off
 MALFORMED = {
     "no label": ("label", lambda f, a: f.unlink(), "no such file"),
-    "no image": ("image", lambda f, a: f.unlink(), "no such file"),
     "a slice less": ("label", lambda f, a: save(f, a[:, :, :-1]), "(D, H, W) = (7, 10, 12)"),
     "axes swapped": ("label", lambda f, a: save(f, a.transpose(1, 0, 2)), "(D, H, W) = (8, 12, 10)"),
     "half a voxel off": ("label", lambda f, a: save(f, a, moved(shift=(0, 0, 0.5))), "the affine"),
@@ -111,23 +106,17 @@ MALFORMED = {
     "2 % larger voxels": ("label", lambda f, a: save(f, a, moved((1.02, 1.02, 1.02))), "the affine"),
     "label 7": ("label", lambda f, a: save(f, place(a, 7, np.uint8)), "the labels [7.0]"),
     "label 256": ("label", lambda f, a: save(f, place(a, 256, np.int16)), "the labels [256.0]"),
-    "label 1e9": ("label", lambda f, a: save(f, place(a, 1e9, np.float32)), "the labels [1000000000.0]"),
     "label 1.0001": ("label", lambda f, a: save(f, place(a, 1.0001, np.float64)), "the labels [1.0001]"),
     "label -1": ("label", lambda f, a: save(f, place(a, -1, np.int16)), "the labels [-1.0]"),
-    "label -0.5": ("label", lambda f, a: save(f, place(a, -0.5, np.float32)), "the labels [-0.5]"),
     "label NaN": ("label", lambda f, a: save(f, place(a, np.nan, np.float32)), "the labels [nan]"),
     "an image as label": ("label", lambda f, a: save(f, a * 40), "the labels [40.0, 80.0]"),
     "NaN": ("image", lambda f, a: save(f, place(a, np.nan, np.float32)), "1 voxels of NaN or infinity"),
-    "infinity": ("image", lambda f, a: save(f, place(a, -np.inf, np.float32)), "1 voxels of NaN or infinity"),
     "beyond float32": ("image", lambda f, a: save(f, place(a, 1e300, np.float64)), "1 voxels of NaN"),
     "2-D": ("image", lambda f, a: save(f, a[:, :, 0]), "shape (12, 10)"),
     "4-D": ("label", lambda f, a: save(f, a[..., None]), "shape (12, 10, 8, 1)"),
     "complex": ("image", lambda f, a: save(f, a.astype(np.complex64)), "voxels of type complex64"),
     "colours": ("image", lambda f, a: save(f, COLOURS), "voxels of type [('R'"),
     "truncated": ("image", lambda f, a: f.write_bytes(f.read_bytes()[:-600]), "a truncated file"),
-    "half a header": ("image", lambda f, a: f.write_bytes(f.read_bytes()[:60]), "no readable NIfTI file"),
-    "empty": ("image", lambda f, a: f.write_bytes(b""), "no readable NIfTI file"),
-    "zipped text": ("label", lambda f, a: f.write_bytes(gzip.compress(b"hello")), "no readable NIfTI file"),
     "a web page": ("label", lambda f, a: f.write_text("<html>" + 999 * "404 "), "no readable NIfTI file"),
     "a folder": ("label", lambda f, a: (f.unlink(), f.mkdir()), "no such file"),
     "not zipped": ("image", lambda f, a: f.write_bytes(gzip.decompress(f.read_bytes())), "no readable NIfTI"),
@@ -179,19 +168,19 @@ def test_a_file_cut_anywhere_and_a_header_of_random_bytes_give_a_volume_or_a_rea
     plain = Path(save(tmp_path / "whole.nii", rng.integers(0, 2, (5, 6, 7)).astype(np.uint8))).read_bytes()
     refused = 0
     for path, content in ((tmp_path / "cut.nii", plain), (tmp_path / "cut.nii.gz", gzip.compress(plain))):
-        for length in rng.integers(0, len(content) - 16, 50):
+        for length in rng.integers(0, len(content) - 16, 25):
             path.write_bytes(content[:length])
             (problem,) = nifti.check_case(Case("x", (str(path),), None), 2)
             assert problem.startswith(f"{path}: found ")
     path = tmp_path / "x.nii"
-    for _ in range(200):
+    for _ in range(100):
         raw = np.frombuffer(plain, np.uint8).copy()
         raw[rng.integers(0, 348, 3)] = rng.integers(0, 256, 3)
         path.write_bytes(raw.tobytes())
         problems = nifti.check_case(Case("x", (str(path),), str(path)), 2)
         assert all(problem.startswith(f"{path}: found ") for problem in problems)
         refused += bool(problems)
-    assert 20 < refused < 200
+    assert 10 < refused < 100
 
 
 def test_label_and_image_may_differ_in_axes_and_rounding_but_not_by_a_fifth_of_a_voxel(tmp_path):

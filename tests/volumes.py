@@ -14,8 +14,7 @@ from data import Plan
 from support.nifti import Geometry
 from support.presets import PRESETS, Task
 
-REAL_DATA = Path(os.environ.get("MASKSAM_TEST_DATA", "MASKSAM_TEST_DATA is not set"))
-ACDC, HIPPOCAMPUS = REAL_DATA / "acdc", REAL_DATA / "Task04_Hippocampus"
+ACDC = Path(os.environ.get("MASKSAM_TEST_DATA", "MASKSAM_TEST_DATA is not set")) / "acdc"
 
 
 def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> str:
