@@ -11,14 +11,14 @@ if "MASKSAM_TEST_CUDA" not in os.environ:  # before torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from networks import wake_sam
 
+from networks import wake_sam
 from support.sam import BACKBONES, file_sha256
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path) -> Path:
-    """Register "small": `tiny`'s shapes as a pre-trained, hence frozen, SAM whose file lies in a temporary folder."""
+    """Register "small": a pre-trained, hence frozen, SAM of `tiny`'s shapes, with its file."""
     path = tmp_path / "small.pth"
     torch.manual_seed(1)
     torch.save(wake_sam(BACKBONES["tiny"].build()).state_dict(), path)

@@ -9,7 +9,7 @@ from model import MaskSAM, MaskSAMConfig
 
 
 def tiny(**changes) -> MaskSAM:
-    """`tiny` on 4 x 4 tokens; `tiny(sam="lite_medsam")` is TinyViT on 5 x 6, in no stage a multiple of its windows."""
+    """`tiny` on 4 x 4 tokens. A TinyViT (`sam="lite_medsam"`) has 5 x 6, which never fill its windows."""
     torch.manual_seed(0)
     sizes = {"mobile_sam": (80, 96), "lite_medsam": (20, 24)}
     defaults = {"sam": "tiny", "num_classes": 3, "num_queries": 3, "patch_size": (2, 32, 32)}
@@ -17,22 +17,26 @@ def tiny(**changes) -> MaskSAM:
     return MaskSAM(MaskSAMConfig(**defaults | changes))
 
 
-@torch.no_grad()
 def wake_sam(sam: nn.Module) -> nn.Module:
-    """Randomise what SAM initialises at zero and pre-training fills, so that leaving it out changes the result."""
-    for name, parameter in sam.image_encoder.named_parameters():
+    wake_encoder(sam.image_encoder)
+    return sam
+
+
+@torch.no_grad()
+def wake_encoder(encoder: nn.Module) -> None:
+    """Randomise weights that start at zero or one, so that leaving them out changes the result."""
+    for name, parameter in encoder.named_parameters():
         if "rel_pos" in name or name == "pos_embed":
             parameter.normal_(std=0.5)
         elif "norm" in name or "bn" in name or name.endswith(("bias", "attention_biases")):
             parameter.add_(
                 0.3 * torch.randn_like(parameter)
             )  # pad tokens are zeros behind the norm, not before
-    for name, buffer in sam.image_encoder.named_buffers():
+    for name, buffer in encoder.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.2, 0.5)
-    return sam
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import task, tiny, wake
 
 from model import (
     MaskSAM,
@@ -19,6 +18,7 @@ from model import (
     load_trained_state,
     trained_state,
 )
+from networks import task, tiny, wake
 from support.checkpoints import write_checkpoint
 from support.sam import BACKBONES, file_sha256, find_sam_file, resample_position_embedding
 
