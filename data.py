@@ -457,13 +457,10 @@ def cut(
     """Cut a patch that is rotated and scaled in plane about its centre, and read only the part that it shows.
 
     Args:
-        image: (C, D, H, W), may be memory-mapped.
-        label: (D, H, W) class ids, may be memory-mapped.
-        minimum: (C), values outside the volume. The class id is 0 there.
-        low: (d, h, w), first voxel of the patch; may be negative.
-        size: (D, H, W) of the patch.
-        angle: in radians.
-        scale: a value above 1 shows more of the volume.
+        image, label: (C, D, H, W) and class ids (D, H, W); they may be memory-mapped.
+        minimum: (C), values outside the volume (Ours). The class id is 0 there.
+        low, size: first voxel, which may be negative, and shape of the patch, both (D, H, W).
+        angle, scale: rotation in radians; a scale above 1 shows more of the volume.
     Returns:
         Image (C, *size) float32 and class ids (*size) int64.
     """
