@@ -37,6 +37,8 @@ from model import MaskSAM, load_checkpoint
 from support import files, layouts, metrics, nifti
 from support.presets import PRESETS
 
+Cases = Sequence[layouts.Case]
+
 # -------------------------------------------------------------------------------------------- sliding windows
 
 
@@ -189,9 +191,7 @@ def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **op
 # ------------------------------------------------------------------------------------------------- many cases
 
 
-def find_cases(
-    args: argparse.Namespace, trained_with: Sequence[dict]
-) -> tuple[layouts.DataSource, Sequence[layouts.Case]]:
+def find_cases(args: argparse.Namespace, trained_with: Sequence[dict]) -> tuple[layouts.DataSource, Cases]:
     """Find a data set and the cases of a split. An open `args.fold` is filled in.
 
     Args:
@@ -204,24 +204,17 @@ def find_cases(
     source = layouts.find_data(args.data or first["data"], root, args.fold)
     splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
     if args.split not in splits:
-        raise ValueError(
-            f"--split: found {args.split}, expected one of {', '.join(splits)} for {source.root}"
-        )
+        raise ValueError(f"--split: found {args.split}, expected {', '.join(splits)} as in {source.root}")
     folds = {trained.get("fold") for trained in trained_with}
     if len(folds) > 1 and args.split in ("train", "val"):
         raise ValueError(
-            f"--split {args.split}: found checkpoints of folds {folds}, which trained on such cases"
+            f"--split {args.split}: found folds {folds}, which were trained on each other's cases"
         )
     return source, splits[args.split]
 
 
 def predict_files(
-    cases: Sequence[layouts.Case],
-    paths: Sequence[Path],
-    num_classes: int,
-    description: Callable[[layouts.Case], str],
-    predict: Callable[[layouts.Case], tuple[np.ndarray, nifti.Geometry]],
-    workers: int = 1,
+    cases: Cases, paths: list[Path], num_classes: int, description: Callable, predict: Callable, workers: int
 ) -> None:
     """Predict the cases that are not done yet. All images are checked before anything is written.
 
@@ -229,8 +222,8 @@ def predict_files(
         cases: the cases.
         paths: the file to write for each case, all in one folder.
         num_classes: K.
-        description: case -> text for the header of its file, which names all that the prediction depends on.
-            A file that has this text is done.
+        description: case -> text for the header of its file, which names everything that the file depends on.
+            A file with this text is done.
         predict: case -> label map (D, H, W) and the geometry of its image.
         workers: number of threads for the checks.
     Raises:
@@ -245,9 +238,7 @@ def predict_files(
     print(f"{paths[0].parent}: wrote {len(todo)} label maps, {len(paths) - len(todo)} were there")
 
 
-def score_files(
-    cases: Sequence[layouts.Case], paths: Sequence[Path], source: layouts.DataSource, args: argparse.Namespace
-) -> dict:
+def score_files(cases: Cases, paths: Sequence[Path], source: layouts.DataSource, args) -> dict:
     """Compare label maps with the truth, after a check of all of them; see `report` for the arguments."""
     num_classes, scores = len(source.task.labels), {}
     truths = [dataclasses.replace(case, images=(), box_source=None) for case in cases]
@@ -262,12 +253,7 @@ def score_files(
 
 
 def report(
-    cases: Sequence[layouts.Case],
-    paths: Sequence[Path],
-    source: layouts.DataSource | None,
-    args: argparse.Namespace,
-    facts: dict,
-    suffix: str = "",
+    cases: Cases, paths: list[Path], source: layouts.DataSource | None, args, facts: dict, suffix: str = ""
 ) -> dict | None:
     """Score the cases that have labels, print the table, and write metrics.json and metrics.csv.
 
@@ -297,9 +283,8 @@ def report(
 
 def describe_box_source(where: str) -> str:
     """Return the words for a file's header that name the source of given boxes, "" if there are none."""
-    return layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)[
-        :45
-    ]  # A header has 79 bytes.
+    words = layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)
+    return words[:45]  # A header has room for 79 bytes.
 
 
 def read_box_source(paths: Iterable[Path]) -> str | None:

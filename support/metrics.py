@@ -293,12 +293,12 @@ def write_metrics(folder: Path, results: dict, suffix: str = "") -> None:
         ValueError: a result is NaN, which JSON does not have.
     """
     convention = results.get("convention", "masksam")
-    name = f"metrics{suffix}" + ("" if convention == "masksam" else f"-{convention}")
-    write_text(folder / f"{name}.json", json.dumps(results, indent=1, allow_nan=False))
+    stem = f"metrics{suffix}" + ("" if convention == "masksam" else f"-{convention}")
+    write_text(folder / f"{stem}.json", json.dumps(results, indent=1, allow_nan=False))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["case", "class", *results["mean"]])
     for case, classes in (results["per_case"] | {"mean": results["per_class"]}).items():
         for name, scores in classes.items():
             writer.writerow([case, name, *(scores[metric] for metric in results["mean"])])
-    write_text(folder / f"{name}.csv", table.getvalue())
+    write_text(folder / f"{stem}.csv", table.getvalue())

@@ -96,7 +96,7 @@ def test_hd95_equals_medpy(spacing):
 
 @pytest.mark.parametrize("spacing", SPACINGS, ids=str)
 def test_distances_and_nsd_equal_monai(spacing):
-    """MONAI takes the larger of two directed percentiles, medpy pools both; so directed distances are compared."""
+    """MONAI takes the larger of two directed percentiles, medpy pools both; so directed ones are compared."""
     peer, torch = pytest.importorskip("monai.metrics"), pytest.importorskip("torch")
     maps = blobs(1, (12, 30, 28))
     hot = [torch.from_numpy(np.eye(4, dtype=np.int64)[labels]).movedim(-1, 0)[None] for labels in maps]
