@@ -286,9 +286,9 @@ def test_arguments_that_do_not_go_together_say_which_do(capsys):
     for arguments, message in (
         ("sam2 --data a --prompts gt", "invalid choice: 'sam2'"),
         ("sam --data a", "the following arguments are required: --prompts"),
-        ("sam --data a --prompts auto", "--prompts is auto, expected gt or DIR"),
-        ("sam --data a --prompts gt --box-margin -1", "--box-margin is -1, expected"),
-        ("sam --data a --prompts b --output b/", "would replace the box source"),
+        ("sam --data a --prompts auto", "--prompts: found auto, expected gt or DIR"),
+        ("sam --data a --prompts gt --box-margin -1", "--box-margin: found -1, expected"),
+        ("sam --data a --prompts b --output b/", "--prompts: found the folder of --output, expected another"),
     ):
         with pytest.raises(SystemExit):
             baselines.parse_arguments(arguments.split())

@@ -160,9 +160,7 @@ def box_prompts(labels: Tensor, size: Sequence[int], margin: float = 0.0) -> tup
 
 
 @torch.no_grad()
-def segment_slice(
-    sam: nn.Module, image: Tensor, boxes: Tensor, shape: Sequence[int], amp: str = "off"
-) -> Tensor:
+def segment_slice(sam: nn.Module, image: Tensor, boxes: Tensor, shape: Sequence[int], amp: str) -> Tensor:
     """Do what `Sam.forward` does for one slice and all its boxes, but keep the logits.
 
     Args:
@@ -229,27 +227,31 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     margin = "pixels of the encoder's picture added around boxes (MedSAM's scripts: 20, LiteMedSAM's: 5)"
     add("--box-margin", type=float, default=0.0, metavar="PIXELS", help=margin)
     add("--output", help="folder (default: runs/<data>/predictions-<name>-boxes-<prompts>-<split>)")
-    add(
-        "--amp",
-        choices=files.AMP_TYPES,
-        help="autocast type (default: the one that the device computes in hardware)",
-    )
+    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: the one that the hardware has)")
     add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
     convention = "how absent classes are scored (default: %(default)s)"
     add("--metric-convention", choices=CONVENTIONS, default="masksam", dest="convention", help=convention)
     args = parser.parse_args(argv)
     args.device, args.workers = args.device or files.default_device(), args.workers or files.default_workers()
     args.amp = args.amp or files.default_amp(args.device)
-    if args.prompts == "auto":
-        parser.error("--prompts is auto, expected gt or DIR: these models make no boxes")
-    if args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
-        parser.error(
-            f"--prompts and --output are both {args.output}: predictions would replace the box source"
-        )
-    if not 0 <= args.box_margin < float("inf"):
-        parser.error(f"--box-margin is {args.box_margin:g}, expected pixels, 0 or more")
-    if args.tolerance <= 0:
-        parser.error(f"--tolerance is {args.tolerance:g}, expected millimetres above 0")
+    same_folder = args.output and Path(args.output).resolve() == Path(args.prompts).resolve()
+    for wrong, problem in (
+        (
+            args.prompts == "auto",
+            "--prompts: found auto, expected gt or DIR, because these models make no boxes",
+        ),
+        (
+            same_folder,
+            "--prompts: found the folder of --output, expected another, or its files would be replaced",
+        ),
+        (
+            not 0 <= args.box_margin < np.inf,
+            f"--box-margin: found {args.box_margin:g}, expected 0 or more pixels",
+        ),
+        (args.tolerance <= 0, f"--tolerance: found {args.tolerance:g}, expected more than 0 mm"),
+    ):
+        if wrong:
+            parser.error(problem)
     return args
 
 
@@ -280,9 +282,7 @@ def run(args: argparse.Namespace) -> dict | None:
     folder = f"predictions-{args.name}{suffix}{margin}-{args.split}"
     output = Path(args.output or Path("runs") / source.name / folder)
     paths = [output / f"{case.name}.nii.gz" for case in cases]
-    unlabelled = [
-        dataclasses.replace(case, label=None) for case in cases
-    ]  # no truth is opened before scoring
+    unlabelled = [dataclasses.replace(case, label=None) for case in cases]  # no truth is read before scoring
     evaluate.predict_files(unlabelled, paths, num_classes, description, predict, args.workers)
     settings = made_with | {"prompts": args.prompts, "amp": args.amp}
     return evaluate.report(cases, paths, source, args, settings, suffix)

@@ -191,7 +191,8 @@ class Bench:
     def plain_decoder(self, neck: Tensor) -> None:
         """Run SAM's own prompt encoder and mask decoder, image by image, with N boxes each."""
         sam, config = self.model.sam, self.model.config
-        boxes = neck.new_tensor([[0.0, 0, *reversed(config.encoder_size)]]).expand(config.num_queries, -1)
+        box = torch.tensor([[0.0, 0, *reversed(config.encoder_size)]], device=neck.device)
+        boxes = box.expand(config.num_queries, -1)
         with autocast(self.device, self.args.amp):
             for embedding in neck:
                 sparse, dense = sam.prompt_encoder(points=None, boxes=boxes, masks=None)

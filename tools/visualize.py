@@ -141,9 +141,9 @@ def compare(args: argparse.Namespace) -> None:
     files = dict(zip(cases, layouts.find_predictions(cases, args.predictions)))
     spread = np.linspace(0, len(cases) - 1, min(NUM_CASES, len(cases))).round().astype(int)
     chosen = [find_case(cases, name, args.split) for name in args.case or [cases[i].name for i in spread]]
-    labels = source.task.labels
+    labels, panels = source.task.labels, ("image", "truth", "prediction", "errors")
     pictures = [read_picture(case, files[case], len(labels), case.name) for case in chosen]
-    draw_overlay(pictures, labels, args.output, ("image", "truth", "prediction", "errors"), one_row=False)
+    draw_overlay(pictures, labels, args.output, panels, one_row=False)
 
 
 def sheet(args: argparse.Namespace) -> None:
@@ -178,10 +178,8 @@ def queries(args: argparse.Namespace) -> None:
     _, cases = evaluate.find_cases(args, [content["arguments"]])
     case = find_case(cases, args.case[0], args.split)
     prepared = data.prepare_case(case, plan)
-    depth, native_depth = (
-        prepared.image.shape[1],
-        prepared.geometry.shape[0],
-    )  # the plan may change the spacing
+    # Slices on the plan's grid and in the file: the plan may change their distance.
+    depth, native_depth = len(prepared.image[0]), prepared.geometry.shape[0]
     if args.slice is None:
         d = depth // 2 if prepared.label is None else int((prepared.label > 0).sum((1, 2)).argmax())
         args.slice = int((d + 0.5) * native_depth / depth)
@@ -194,17 +192,13 @@ def queries(args: argparse.Namespace) -> None:
     left_out = model.config.num_queries - len(found)
     title = f"{case.name}, slice {args.slice}\nqueries: {len(found)}, left out as no object: {left_out}"
     title += ", truth unknown" if prepared.label is None else ""
-    picture = Picture(
-        title, patch[0, index][None].numpy(), label[index][None].numpy(), label_map[None], spacing
-    )
+    image, truth = patch[0, index].numpy(), label[index].numpy()
+    picture = Picture(title, image[None], truth[None], label_map[None], spacing)
     draw_queries(picture, found, plan.task.labels, args.output)
 
 
-COMMANDS = {
-    compare: ("predictions", "data"),
-    sheet: ("predictions",),
-    queries: ("ckpt", "case"),
-}  # what each needs
+# The commands, and the options that each of them needs.
+COMMANDS = {compare: ("predictions", "data"), sheet: ("predictions",), queries: ("ckpt", "case")}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -216,11 +210,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help=f"{data_help} (default: as in training, or as scored)")
     add("--predictions", help="compare, sheet: folder with label maps of evaluate.py or another program")
     add("--ckpt", help="queries: checkpoint that train.py wrote")
-    add(
-        "--case",
-        nargs="+",
-        help="names of cases; queries takes one (default: compare takes a few of the split)",
-    )
+    add("--case", nargs="+", help="names of cases, one for queries (default: some of the split)")
     add("--slice", type=int, help="queries: slice of the file, from 0 (default: the one with most labels)")
     add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
     add("--output", help="PNG to write (default: <command>.png)")
