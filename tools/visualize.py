@@ -1,12 +1,14 @@
 """Draw predictions beside the truth, and the prompts and masks of the queries (paper fig. 1, 6, 7).
 
-python -m tools.visualize compare --predictions DIR --data acdc --root DIR
-python -m tools.visualize sheet --predictions DIR
-python -m tools.visualize queries --ckpt FILE --case NAME
+    python -m tools.visualize compare --predictions DIR --data acdc --root DIR
+    python -m tools.visualize sheet --predictions DIR
+    python -m tools.visualize queries --ckpt FILE --case NAME
 
-compare   image, truth, prediction and errors of some cases
-sheet     the worst, the median and the best case that evaluate.py scored
-queries   what the prompt generator and the mask decoder make of one slice
+    compare   image, truth, prediction and errors of some cases
+    sheet     the worst, the median and the best case that evaluate.py scored
+    queries   the prompts and the final masks of one slice
+
+Each command writes one PNG. support/pictures.py draws it.
 """
 
 import os
