@@ -74,12 +74,16 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     Returns:
         (...) in [-1, 1]. Two boxes without area at the same place give 0, not NaN.
     """
+
+    def area(sides: Tensor) -> Tensor:  # (..., 2) -> (...); the backward pass of `prod` would wait for a GPU
+        return sides[..., 0] * sides[..., 1]
+
     (low, high), (other_low, other_high) = boxes.split(2, dim=-1), others.split(2, dim=-1)
     inner = torch.minimum(high, other_high) - torch.maximum(low, other_low)
     outer = torch.maximum(high, other_high) - torch.minimum(low, other_low)
-    intersection = inner.clamp(min=0).prod(-1)
-    union = (high - low).prod(-1) + (other_high - other_low).prod(-1) - intersection
-    hull = outer.prod(-1)
+    intersection = area(inner.clamp(min=0))
+    union = area(high - low) + area(other_high - other_low) - intersection
+    hull = area(outer)
     tiny = torch.finfo(boxes.dtype).tiny
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
@@ -169,7 +173,9 @@ class HungarianMatcher:
             (ids,) = classes.nonzero(as_tuple=True)
             query, column = linear_sum_assignment(cost[slice_index][:, ids].numpy())
             assigned[slice_index, query, ids[column]] = True
-        return assigned.to(present.device)
+        if present.is_cuda:  # from pinned memory the copy does not wait
+            assigned = assigned.pin_memory()
+        return assigned.to(present.device, non_blocking=True)
 
 
 class SetCriterion(nn.Module):

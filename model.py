@@ -114,6 +114,8 @@ class MaskSAM(nn.Module):
         # Ours: every query has a global class token (the release shares one), of deviation 0.02 at first.
         self.class_tokens = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
         self.classifier = nn.Linear(dim, config.num_classes + 1)
+        box_scale = torch.tensor(config.encoder_size[::-1] * 2).float()  # columns, rows, columns, rows
+        self.register_buffer("box_scale", box_scale, persistent=False)
 
     def forward(self, volume: Tensor) -> dict[str, Tensor]:
         """Segment a batch of patches.
@@ -159,11 +161,11 @@ class MaskSAM(nn.Module):
             sparse (S*N, 2, width), the corners of the boxes; dense (S*N, width, h, w), the masks; image_pe
             (1, width, h, w), the position codes of the image.
         """
-        encoder, (rows, columns) = self.sam.prompt_encoder, self.config.encoder_size
+        encoder = self.sam.prompt_encoder
         # Outside autocast: in half precision the random Fourier code of a position is off by about a pixel.
         with torch.autocast(self.class_tokens.device.type, enabled=False):
             boxes, masks = self.prompt_generator.prompts(aux, encoder.mask_input_size, given)
-            boxes = boxes * boxes.new_tensor([columns, rows, columns, rows])  # (S, N, 4) in pixels
+            boxes = boxes * self.box_scale  # (S, N, 4) in pixels
             masks = None if masks is None else masks.flatten(0, 1)[:, None]  # (S*N, 1, 4h, 4w)
             sparse, dense = encoder(points=None, boxes=boxes.flatten(0, 1), masks=masks)
             return sparse, dense, encoder.get_dense_pe()

@@ -153,13 +153,14 @@ class Run:
         self.wrapped = self.model
         if world > 1:  # averages the gradients of the processes
             gpus = [self.local_rank] if self.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, gpus)
+            self.wrapped = DistributedDataParallel(self.model, gpus, broadcast_buffers=False)
 
     def build_network(self) -> None:
         """Build the network from the seed, its loss and its optimizer."""
         args, task = self.args, self.plan.task
         torch.manual_seed(args.seed)
-        torch.set_float32_matmul_precision("high")
+        if args.amp == "off":  # TF32 for all products; under autocast float32 parts stay exact
+            torch.set_float32_matmul_precision("high")
         sizes = {"patch_size": tuple(args.patch_size), "encoder_size": tuple(args.encoder_size)}
         sizes |= {"num_channels": len(task.channels), "num_classes": len(task.labels)}
         prompts = {"mask_prompt": args.mask_prompt, "given_boxes": args.prompts != "auto"}
