@@ -44,6 +44,8 @@ Cases = Sequence[layouts.Case]
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Return the first voxels of windows along one axis, evenly spread from one end to the other."""
+    if not 0 <= overlap < 1:
+        raise ValueError(f"--overlap: found {overlap}, expected a share from 0 to below 1")
     steps = -(-(length - window) // max(1, int(window * (1 - overlap))))  # rounded up
     return [round(i * (length - window) / max(steps, 1)) for i in range(steps + 1)]
 
@@ -90,13 +92,11 @@ def sliding_window_inference(
         batch_size: number B of windows per call.
         desc: title of a progress bar, or None.
     Yields:
-        (K, n, H, W) float32 on the CPU, D slices together. At most a window's depth and a batch are held.
+        (K, n, H, W) float32 on the CPU, D slices together.
     """
-    if not 0 <= overlap < 1:
-        raise ValueError(f"--overlap: found {overlap}, expected a share from 0 to below 1")
     depth, *plane = volume.shape[1:]
     volume, before = pad_to_window(volume, patch_size)
-    inside = tuple(slice(b, b + n) for b, n in zip(before[1:], plane))
+    inside = [slice(b, b + n) for b, n in zip(before[1:], plane)]
     shape, weight = volume.shape[1:], window_weights(patch_size)
     starts = [window_starts(n, p, overlap) for n, p in zip(shape, patch_size)]
     corners = list(itertools.product(*starts))  # The depth changes last, so slices are completed in order.
@@ -117,8 +117,7 @@ def sliding_window_inference(
         if final > done:  # No later window reaches the slices before `final`.
             mean = total[:, : final - done] / weight_sum[: final - done]
             total, weight_sum, done = total[:, final - done :], weight_sum[final - done :], final
-            low = before[0] if depth < patch_size[0] else 0  # A padded depth is one window.
-            yield mean[:, low : low + depth, *inside]
+            yield mean[:, before[0] : before[0] + depth, *inside]  # A padded depth is one window.
 
 
 # --------------------------------------------------------------------------------------------------- one case

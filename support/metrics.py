@@ -91,10 +91,24 @@ def _nearest_distances(voxels: np.ndarray, others: np.ndarray, spacing: Sequence
     return np.concatenate([np.zeros(np.count_nonzero(voxels & others)), distances])
 
 
-def _surface_distances(mask: np.ndarray, other: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Return the distances between the surfaces of two masks (D, H, W), of both directions pooled."""
+def _hd95_and_nsd(
+    mask: np.ndarray, other: np.ndarray, spacing: Sequence[float], tolerance: float, in_voxels: bool
+) -> tuple[float, float]:
+    """Return HD95 and NSD of two masks (D, H, W) that are not empty.
+
+    HD95 is the 95th percentile of the distances between both surfaces (`medpy.metric.binary.hd95`). NSD is
+    the share of surface voxels within the tolerance of the other surface (Nikolov et al. 2018, counted as in
+    MONAI's `compute_surface_dice`).
+    """
     pair = _surface(mask), _surface(other)
-    return np.concatenate([_nearest_distances(*pair, spacing), _nearest_distances(*pair[::-1], spacing)])
+
+    def distances(unit: Sequence[float]) -> np.ndarray:  # of both directions pooled
+        return np.concatenate([_nearest_distances(*pair, unit), _nearest_distances(*pair[::-1], unit)])
+
+    in_mm = distances(spacing)
+    hd95 = np.percentile(distances((1, 1, 1)) if in_voxels else in_mm, 95)
+    # Files hold float32 spacings, so ten voxels of 0.1 mm may be a little more than 1 mm.
+    return hd95, np.mean(in_mm <= tolerance * (1 + 1e-6))
 
 
 def score_maps(
@@ -106,20 +120,16 @@ def score_maps(
     convention: str = "masksam",
     workers: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Return Dice, HD95 and NSD of the classes 1 to K-1 of one case.
-
-    HD95 is the 95th percentile of the distances of both surfaces pooled (`medpy.metric.binary.hd95`). NSD is
-    the share of voxels of both surfaces within the tolerance of the other surface (Nikolov et al. 2018,
-    counted in voxels as in MONAI's `compute_surface_dice`).
+    """Return Dice, HD95 and NSD of the classes 1 to K-1 of one case, on the grid of its file.
 
     Args:
         prediction: (D, H, W) uint8, ids 0 to K-1.
         truth: same shape and ids.
         spacing: mm. NSD always uses it; HD95 of a foreign convention is in voxels.
         num_classes: K.
-        tolerance: tolerance of NSD in mm. Ours: 1 mm, the paper reports no NSD.
+        tolerance: of NSD in mm. Ours: 1 mm, because the paper reports no NSD.
         convention: key of `ABSENT`.
-        workers: number of threads, which share the classes.
+        workers: number of threads.
     Returns:
         dice, hd95, nsd: (K-1,) float64. presence: (K-1,) uint8, the sum of `IN_TRUTH` and `IN_PREDICTION`.
     Raises:
@@ -128,25 +138,20 @@ def score_maps(
     if convention not in ABSENT:
         raise ValueError(f"metric convention: found {convention!r}, expected one of {', '.join(CONVENTIONS)}")
     dice = dice_per_class(prediction, truth, num_classes)
-    spacing = np.asarray(spacing, np.float64)
     diagonal = np.linalg.norm(np.multiply(truth.shape, spacing))
     boxes = [ndimage.find_objects(labels, num_classes - 1) for labels in (truth, prediction)]
 
     def score_class(class_id: int) -> tuple[float, float, float, int]:
-        true_box, predicted_box = (found[class_id - 1] for found in boxes)
-        presence = IN_TRUTH * (true_box is not None) + IN_PREDICTION * (predicted_box is not None)
+        true_box, other_box = (found[class_id - 1] for found in boxes)
+        presence = IN_TRUTH * (true_box is not None) + IN_PREDICTION * (other_box is not None)
         if presence != IN_BOTH:
             absent_dice, hd95, nsd = ABSENT[convention][presence]
             return absent_dice, diagonal if hd95 == np.inf else hd95, nsd, presence
         # Cropping to the box around both changes no surface, because all around it is background.
-        both = zip(true_box, predicted_box)
-        box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in both)
+        box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(true_box, other_box))
         pair = truth[box] == class_id, prediction[box] == class_id
-        in_mm = _surface_distances(*pair, spacing)
-        of_hd95 = in_mm if convention == "masksam" else _surface_distances(*pair, (1, 1, 1))
-        # Files hold float32 spacings, so ten voxels of 0.1 mm may be a little more than 1 mm.
-        nsd = np.mean(in_mm <= tolerance * (1 + 1e-6))
-        return dice[class_id - 1], np.percentile(of_hd95, 95), nsd, presence
+        hd95, nsd = _hd95_and_nsd(*pair, spacing, tolerance, in_voxels=convention != "masksam")
+        return dice[class_id - 1], hd95, nsd, presence
 
     with ThreadPoolExecutor(workers) as pool:  # SciPy and NumPy release the GIL.
         rows = np.array(list(pool.map(score_class, range(1, num_classes)))).reshape(-1, 4)
@@ -166,11 +171,10 @@ def summarize(
         labels: names by id, with background.
         scored: ids in the order of the paper's table; all classes if empty.
     Returns:
-        A dict that JSON can hold, with None for NaN: "mean" {metric: value}; "interval" {metric: [low, high]
-        of 95 %, None below two cases}; "scored" [name]; "per_case" {case: {name: {metric: value}}}; and
-        "per_class" {name: {metric: mean, "cases": number of cases with a Dice}}. If the scores have a
-        "presence", "per_class" also counts the cases with the class in "neither" map, "only_truth" or
-        "only_prediction".
+        A dict for JSON, with None for NaN: "mean" {metric: value}; "interval" {metric: [low, high] of 95 %,
+        None below two cases}; "scored" [name]; "per_case" {case: {name: {metric: value}}}; "per_class" {name:
+        {metric: mean}} with the number of "cases" that have a Dice, and if the scores have a "presence", of
+        those with the class in "neither" map, "only_truth" or "only_prediction".
     Raises:
         ValueError: there are no cases, or a scored id is not a class.
     """
@@ -181,7 +185,6 @@ def summarize(
     if not set(columns) <= set(range(len(names))):
         raise ValueError(f"scored classes: found {tuple(scored)}, expected ids from 1 to {len(names)}")
     cases = list(scores.values())
-    # (cases, classes) per metric
     values = {metric: np.stack([case[metric] for case in cases]) for metric in METRICS if metric in cases[0]}
     classes = next(iter(values.values())).shape[1]
     if classes != len(names):
@@ -200,10 +203,7 @@ def summarize(
         "interval": {metric: _interval(table[:, columns]) for metric, table in values.items()},
         "scored": [names[column] for column in columns],
         "per_class": by_class({metric: known_mean(table, 0) for metric, table in values.items()} | counts),
-        "per_case": {
-            case: by_class({metric: table[i] for metric, table in values.items()})
-            for i, case in enumerate(scores)
-        },
+        "per_case": {case: by_class({m: t[i] for m, t in values.items()}) for i, case in enumerate(scores)},
     }
 
 

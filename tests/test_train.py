@@ -249,5 +249,6 @@ def test_segments_without_a_box_of_the_other_program_are_not_asked_for(root, tmp
             nib.save(
                 nib.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), f"net/{case.name}.nii.gz"
             )
+    monkeypatch.setattr(train, "draw", lambda run: None)
     (entry,), _ = run(root, "n", "--epochs", "1", "--iterations", "2", "--prompts", "net")
     assert entry["loss_class"] < 5 and entry["val_dice"] == 0
