@@ -116,6 +116,6 @@ def autocast(device: str | torch.device, amp: str) -> torch.autocast:
 
 
 def default_workers() -> int:
-    """Return one thread per core, as long as each has 4 GiB of memory (a CT of 512 x 512 x 300 takes that)."""
+    """Return one thread per core, as long as each has 4 GiB of memory (a CT of 512 x 512 x 300 takes it)."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), memory // 2**32))

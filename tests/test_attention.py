@@ -25,7 +25,9 @@ def block():
 
 
 @pytest.mark.parametrize("window", [7, 0], ids=["windows", "global"])
-@pytest.mark.parametrize("form, score_bytes", [("fused", 0), ("rows", 1), ("rows", 3 * ROW), ("rows", 32 * ROW)])
+@pytest.mark.parametrize(
+    "form, score_bytes", [("fused", 0), ("rows", 1), ("rows", 3 * ROW), ("rows", 32 * ROW)]
+)
 def test_attention_equals_sams_with_its_gradients(block, window, form, score_bytes, monkeypatch):
     # The windows of 7 do not divide 16 x 20 tokens. The global table of positions is resampled.
     monkeypatch.setattr(A, "FUSED_DEVICES", ("cpu",) if form == "fused" else ())
@@ -54,8 +56,12 @@ def test_attention_by_rows_holds_few_scores_and_computes_them_twice_only_in_piec
     images, heads, h, w, c = shape
     made = []
     softmax = Tensor.softmax
-    monkeypatch.setattr(Tensor, "softmax", lambda scores, dim: made.append(scores.nbytes) or softmax(scores, dim))
-    inputs = [torch.randn(*shape[:4], width, dtype=torch.float64, requires_grad=True) for width in (c, c, c, h, w)]
+    monkeypatch.setattr(
+        Tensor, "softmax", lambda scores, dim: made.append(scores.nbytes) or softmax(scores, dim)
+    )
+    inputs = [
+        torch.randn(*shape[:4], width, dtype=torch.float64, requires_grad=True) for width in (c, c, c, h, w)
+    ]
     A.attend_by_rows(*inputs).sum().backward()
     scores, row = images * heads * (h * w) ** 2 * 8, heads * w * (h * w) * 8
     assert max(made) <= max(limit, row)  # one row is the smallest piece
@@ -67,7 +73,9 @@ def test_fused_widths_are_multiples_of_eight(h, w, c, monkeypatch):
     widths = []
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v, **o: widths.append(q.shape[-1]) or attend(q, k, v, **o)
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **o: widths.append(q.shape[-1]) or attend(q, k, v, **o),
     )
     A.attend_fused(*(torch.randn(1, 2, h, w, width) for width in (c, c, c, h, w)))
     assert widths == [8 * -(-(c + h + w) // 8)]
