@@ -73,12 +73,12 @@ def places_of(mark: str) -> set[tuple[str, str]]:
         text = script.read_text()
         nodes = ast.parse(text).body
         for number, line in enumerate(text.splitlines(), 1):
-            if re.search(rf"\b{mark}\b", line):
+            if re.search(rf"\b{mark}\b", line) and "MaskSAM (Ours)" not in line:
                 # A comment above a definition belongs to it: the first node that ends at or after the line.
                 node = next(node for node in nodes if node.end_lineno >= number)
-                own = (
-                    node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", script.stem)
-                )
+                target = node.targets[0] if isinstance(node, ast.Assign) else None
+                first = next((n.id for n in ast.walk(target) if isinstance(n, ast.Name)), "") if target else ""
+                own = first or getattr(node, "name", script.stem)
                 places.add((f"{name_of(script)}.py", own))
     return places
 
