@@ -18,7 +18,7 @@ def write_checkpoint(path: str | Path, content: dict) -> None:
     """Write a checkpoint whole or not at all.
 
     Args:
-        path: file to write; its folder exists.
+        path: file in a folder that exists.
         content: the `KEYS`, and further plain values or tensors, such as the epoch or the optimizer's state.
     Raises:
         OSError: the file could not be written. A file that was there before is unchanged.
@@ -31,24 +31,18 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Only tensors and plain values are read (`weights_only`), so a file of unknown origin cannot run code.
 
-    Args:
-        path: file that `write_checkpoint` wrote.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read, or it lacks one of the `KEYS`.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path}: found no such file, expected a checkpoint, which train.py writes to runs/"
-        )
+        raise FileNotFoundError(f"{path}: found no such file, expected a checkpoint of train.py, as in runs/")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         missing = KEYS - content.keys()
     except Exception as error:  # A broken or foreign file can raise almost any error here.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path}: found an unreadable file ({reason}), expected a checkpoint of train.py"
-        ) from error
+        raise ValueError(f"{path}: found {reason}, expected a checkpoint of train.py") from error
     if missing:
         lacking = ", ".join(sorted(missing))
         raise ValueError(f"{path}: found no {lacking} in it, expected a checkpoint that train.py wrote")

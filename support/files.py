@@ -15,8 +15,7 @@ def write_whole(path: Path, write: Callable) -> None:
     """Write a file whole or not at all: under a temporary name first, then renamed.
 
     Args:
-        path: file to write; its folder exists.
-        write: called with the open binary file.
+        path: file to write; its folder exists. write: called with the open binary file.
     Raises:
         OSError: the file could not be written. What was there before is still there.
     """
@@ -43,12 +42,9 @@ def write_text(path: Path, text: str) -> None:
 
 # One wording for the options that several scripts have.
 COMMON_OPTIONS = {
-    "data": {"help": "name of a preset, or a folder with a dataset.json (default: %(default)s)"},
+    "data": {"help": "name of a preset, or a folder with a dataset.json"},
     "root": {"help": "folder with the files of a preset (default: data/<preset>)"},
-    "fold": {
-        "type": int,
-        "help": "fold of five, 0 to 4 (default: the published split, or fold 0 if there is none)",
-    },
+    "fold": {"type": int, "help": "fold of five, 0 to 4 (default: the published split, or else fold 0)"},
     "cache": {"default": "cache", "help": "folder for prepared cases (default: %(default)s)"},
     "sam-checkpoint": {"help": "file with SAM's own weights (default: downloaded once)"},
     "prompts": {
@@ -68,24 +64,18 @@ def make_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
     Args:
         doc: docstring of the script. Its first line is the description; its indented `python ...` and
             `torchrun ...` lines are the examples.
-        options: names in `COMMON_OPTIONS` to add.
-        defaults: values for some of them, by their attribute's name.
+        options: names in `COMMON_OPTIONS` to add. defaults: values for some of them, which --help then tells.
     """
-    examples = re.findall(r"^    (?:python|torchrun) .*$", doc, re.MULTILINE)
-    parser = argparse.ArgumentParser(
-        description=doc.splitlines()[0],
-        epilog="examples:\n" + "\n".join(examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_common_options(parser, *options)
-    parser.set_defaults(**defaults)
-    return parser
-
-
-def add_common_options(parser: argparse.ArgumentParser, *options: str) -> None:
-    """Add options of `COMMON_OPTIONS` to a parser, for example of a sub-command."""
+    examples = "\n".join(["examples:", *re.findall(r"^    (?:python|torchrun) .*$", doc, re.MULTILINE)])
+    texts = {"description": doc.splitlines()[0], "epilog": examples}
+    parser = argparse.ArgumentParser(**texts, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in options:
-        parser.add_argument(f"--{name}", **COMMON_OPTIONS[name])
+        option = dict(COMMON_OPTIONS[name])
+        if name in defaults:
+            words = option["help"].split(" (default")[0]
+            option |= {"default": defaults[name], "help": f"{words} (default: %(default)s)"}
+        parser.add_argument(f"--{name}", **option)
+    return parser
 
 
 # ---------------------------------------------------------------------------------------------------- device
@@ -106,12 +96,7 @@ def default_amp(device: str | torch.device) -> str:
 
 
 def autocast(device: str | torch.device, amp: str) -> torch.autocast:
-    """Return the context in which the network runs.
-
-    Args:
-        device: where the network is.
-        amp: key of `AMP_TYPES`.
-    """
+    """Return the context in which the network on a device runs; `amp` is a key of `AMP_TYPES`."""
     return torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off")
 
 
