@@ -23,8 +23,7 @@ class VanillaAdapter(nn.Module):
     Ours: the last FC starts at zero. At first an adapter returns its input, and zeros if it has no skip.
 
     Args:
-        dim: C, the width of the tokens.
-        depth: D, the number of slices of a patch. The vanilla adapter does not need it, its variants do.
+        dim, depth: C, the width of the tokens, and D, the slices of a patch, which only the variants need.
         skip: whether the input is added: True behind attention, False parallel to an MLP.
     """
 
@@ -41,23 +40,20 @@ class VanillaAdapter(nn.Module):
         return self.up(F.gelu(self.down(x)))
 
     def forward(self, x: Tensor, rows_per_slice: int = 1) -> Tensor:
-        """Adapt the tokens.
+        """Adapt tokens. (B*D*n, ..., C) -> the same shape.
 
         Args:
-            x: (B*D*n, ..., C) tokens; `DepthConvAdapter` needs (B*D*n, h, w, C).
+            x: the tokens; `DepthConvAdapter` needs them as (B*D*n, h, w, C).
             rows_per_slice: n, the number of rows that one slice has.
-        Returns:
-            The adapted tokens, of the same shape.
         """
         adapted = self.bottleneck(x, rows_per_slice)
         return x + adapted if self.skip else adapted
 
 
 class DepthMLP(nn.Module):
-    """An inverted bottleneck over the depth axis with a skip, the middle of the DMLPAdapter (fig. 4a).
+    """An inverted bottleneck over the D slices with a skip, the middle of the DMLPAdapter (fig. 4a).
 
-    Args:
-        depth: D, the number of slices of a patch. The layer works for this depth only.
+    The layer works for this number of slices only.
     """
 
     def __init__(self, depth: int):
@@ -116,9 +112,7 @@ class DepthMLPBeforeDownAdapter(VanillaAdapter):
 class DepthConv(nn.Module):
     """A 3 x 3 x 3 depth-wise convolution over D, h, w with a skip, the middle of the DConvAdapter (fig. 4b).
 
-    Args:
-        dim: the number of channels.
-        depth: D, the number of slices of a patch. It unfolds the rows; the weights themselves fit any depth.
+    The depth D unfolds the rows; the weights themselves fit any depth.
     """
 
     def __init__(self, dim: int, depth: int):

@@ -47,11 +47,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     """Return the bounding boxes of binary masks, as fractions of the image.
 
     Ours: the far edge is exclusive. One pixel has the area of a pixel, a full mask has the box (0, 0, 1, 1).
-
-    Args:
-        masks: (..., H, W) bool.
-    Returns:
-        (..., 4) float32 x0, y0, x1, y1 in [0, 1]; zeros where a mask is empty.
+    (..., H, W) bool -> (..., 4) float32 x0, y0, x1, y1 in [0, 1]; zeros where a mask is empty.
     """
     edges = []
     for axis in (-2, -1):  # without its rows a mask shows its extent in x, without its columns that in y
@@ -68,11 +64,8 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Return the generalised intersection over union (Rezatofighi et al. 2019) of boxes, with broadcasting.
 
-    Args:
-        boxes: (..., 4) x0, y0, x1, y1 with x0 <= x1 and y0 <= y1.
-        others: (..., 4), likewise.
-    Returns:
-        (...) in [-1, 1]. Two boxes without area at the same place give 0, not NaN.
+    (..., 4) twice, x0, y0, x1, y1 with x0 <= x1 and y0 <= y1 -> (...) in [-1, 1]. Two boxes at one
+    place without area give 0, not NaN.
     """
 
     def area(sides: Tensor) -> Tensor:  # (..., 2) -> (...); the backward pass of `prod` would wait for a GPU
@@ -117,8 +110,7 @@ def pairwise_terms(outputs: dict[str, Tensor], segments: Segments) -> dict[str, 
         outputs: of `MaskSAM`: class_logits (S, N, K+1), mask_logits (S, N, H', W') and, if the variant makes
             them, aux_mask_logits (S, N, H'', W'') and aux_boxes (S, N, 4).
         segments: the truth of the same S slices.
-    Returns:
-        (S, N, K) for each name of `TERM_WEIGHTS` that the outputs allow.
+    Returns: (S, N, K) for each name of `TERM_WEIGHTS` that the outputs allow.
     """
     # -log p. Ours: the cost is the loss itself; DETR and the release take -p as the cost.
     terms = {"class": -outputs["class_logits"].float().log_softmax(-1)[..., :-1]}
@@ -135,11 +127,7 @@ def pairwise_terms(outputs: dict[str, Tensor], segments: Segments) -> dict[str, 
 
 
 class HungarianMatcher:
-    """Assign each true segment of a slice to one query, at the lowest sum of auxiliary and final costs.
-
-    Args:
-        weights: term name -> weight, as in `TERM_WEIGHTS`.
-    """
+    """Assign each true segment of a slice to one query, at the lowest sum of auxiliary and final costs."""
 
     def __init__(self, weights: dict[str, float]):
         self.weights = weights

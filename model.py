@@ -8,10 +8,8 @@
       │  SAM's mask decoder        2.6, fig. 3c         + class token, + depth embedding, + adapters
       └> class_logits (S, N, K+1), mask_logits (S, N, 4h, 4w); aux_mask_logits (S, N, H, W), aux_boxes
 
-`segment-anything` builds the modules of SAM. Where the paper inserts something, a forward pass of SAM is
-repeated here, and every line that differs from SAM's ends in "# +". With fresh adapters the encoder equals
-SAM's and the decoder equals SAM's image by image. The class token is one more token in the decoder, so masks
-of the whole model differ slightly from SAM's: with MobileSAM's weights, about 2.7 % of pixels change sign.
+`segment-anything` builds SAM. Where the paper inserts something, a forward pass of SAM is repeated here, and
+every line that differs ends in "# +". With fresh adapters encoder and decoder equal SAM's, image by image.
 
     model, sam = build_model(MaskSAMConfig(sam="tiny", encoder_size=(256, 256)))
     outputs = model(torch.randn(2, 1, 4, 256, 256))
@@ -30,7 +28,7 @@ import adapters
 from prompt_generator import GivenBoxes, PromptGenerator, resize
 from support.attention import attention
 from support.checkpoints import read_checkpoint
-from support.sam import BACKBONES, file_sha256, find_sam_file, resample_position_embedding
+from support.sam import BACKBONES, file_sha256, find_sam_file, load_sam, resample_position_embedding
 from support.tiny_vit import DEPTHS, WIDTHS, ConvBlock, TinyViT
 
 
@@ -40,26 +38,19 @@ class ModalityStem(nn.Module):
     Ours: it works at patch size, before the resampling. A residual runs around it, and its last layer starts
     at zero, so a fresh stem shows SAM the mean of the channels as a grey picture, in SAM's pixel statistics.
 
-    Args:
-        num_channels: C.
-        encoder_size: (rows, columns) of the encoder's input in pixels.
-        pixel_mean: (3, 1, 1) in grey levels 0..255, which SAM subtracts from a picture.
-        pixel_std: (3, 1, 1) in grey levels, by which SAM divides the difference.
-        grey: mean and deviation of SAM's pictures in grey levels; None if pixel_mean and pixel_std tell them.
+    pixel_mean and pixel_std, (3, 1, 1) in grey levels 0..255, are those with which SAM normalises a picture.
+    grey is the mean and the deviation of its pictures, None if pixel_mean and pixel_std tell them.
     """
 
     def __init__(self, num_channels, encoder_size, pixel_mean, pixel_std, grey=None):
         super().__init__()
         hidden_dim = 8 * (num_channels + 3)  # Ours: eight times the input and output channels
-        self.bottleneck = nn.Sequential(
-            nn.Conv2d(num_channels, hidden_dim, kernel_size=1),
-            nn.GELU(),
-            nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim),
-            nn.GELU(),
-            nn.Conv2d(hidden_dim, 3, kernel_size=1),
-        )
-        nn.init.zeros_(self.bottleneck[-1].weight)
-        nn.init.zeros_(self.bottleneck[-1].bias)
+        first = nn.Conv2d(num_channels, hidden_dim, kernel_size=1)
+        middle = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
+        last = nn.Conv2d(hidden_dim, 3, kernel_size=1)
+        self.bottleneck = nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.encoder_size = encoder_size
         mean, deviation = grey or (pixel_mean.mean(), pixel_std.mean())
         self.register_buffer("gain", (deviation / pixel_std).flatten(-2), persistent=False)
@@ -75,11 +66,7 @@ class ModalityStem(nn.Module):
 class MaskSAM(nn.Module):
     """The whole network of fig. 2. It starts with random weights; `build_model` loads the pre-trained SAM.
 
-    A pre-trained SAM is frozen before anything is added. Ours: `tiny`, which has no pre-trained weights,
-    trains whole, except for the parts of SAM that the method never reads.
-
-    Args:
-        config: sizes and variant.
+    A pre-trained SAM is frozen. Ours: `tiny` has no such weights and trains whole, but for parts never read.
     """
 
     def __init__(self, config: MaskSAMConfig):
@@ -95,16 +82,13 @@ class MaskSAM(nn.Module):
         prompts.mask_input_size = (4 * config.grid[0], 4 * config.grid[1])
         for module in [self.sam] if self.sam_is_frozen else parts_never_read(self.sam, form):
             module.requires_grad_(False)
-
         (depth, *patch), dim = config.patch_size, decoder.transformer_dim
         pixels = self.sam.pixel_mean, self.sam.pixel_std, backbone.grey
         self.stem = ModalityStem(config.num_channels, config.encoder_size, *pixels)
-        self.encoder_adapters = nn.ModuleList(
-            encoder.block_adapters(image_adapter, width, depth) for width in encoder.block_dims
-        )
-        self.decoder_adapters = nn.ModuleList(
-            DecoderBlockAdapters(image_adapter, token_adapter, dim, depth) for _ in decoder.transformer.layers
-        )
+        blocks = [encoder.block_adapters(image_adapter, width, depth) for width in encoder.block_dims]
+        kinds, layers = (image_adapter, token_adapter), decoder.transformer.layers
+        layers = [DecoderBlockAdapters(*kinds, dim, depth) for _ in layers]
+        self.encoder_adapters, self.decoder_adapters = nn.ModuleList(blocks), nn.ModuleList(layers)
         # Ours: one embedding per slice, the same for all its tokens, zero at first (2.5 ii, 2.6).
         shapes = [(depth, 1, 1, encoder.width), (depth, 1, 1, dim)] if depth_embedding else [None, None]
         embeddings = [shape and nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -114,20 +98,14 @@ class MaskSAM(nn.Module):
         # Ours: every query has a global class token (the release shares one), of deviation 0.02 at first.
         self.class_tokens = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
         self.classifier = nn.Linear(dim, config.num_classes + 1)
-        box_scale = torch.tensor(config.encoder_size[::-1] * 2).float()  # columns, rows, columns, rows
+        box_scale = torch.tensor(config.encoder_size[::-1] * 2).float()
         self.register_buffer("box_scale", box_scale, persistent=False)
 
     def forward(self, volume: Tensor) -> dict[str, Tensor]:
-        """Segment a batch of patches.
+        """Segment (B, C, D, H, W), normalised; with given boxes (B, C+1, D, H, W), their label map last.
 
-        Args:
-            volume: (B, C, D, H, W), normalised. With given boxes (B, C+1, D, H, W): the last channel is the
-                label map whose boxes are given.
-        Returns:
-            class_logits (S, N, K+1), "no object" last; mask_logits (S, N, 4h, 4w); if the variant has them,
-            aux_mask_logits (S, N, H, W) and aux_boxes (S, N, 4); with given boxes, asked (S, K).
-        Raises:
-            ValueError: the channels or the patch size are not the configured ones.
+        Returns: class_logits (S, N, K+1), "no object" last; mask_logits (S, N, 4h, 4w); if the variant has
+        them, aux_mask_logits (S, N, H, W) and aux_boxes (S, N, 4); with given boxes, asked (S, K).
         """
         config, given = self.config, None
         expected = (config.num_channels + config.given_boxes, *config.patch_size)
@@ -152,22 +130,15 @@ class MaskSAM(nn.Module):
         return self.encoder(image, self.encoder_depth_embed, self.encoder_adapters, again)
 
     def encode_prompts(self, aux: dict[str, Tensor], given: GivenBoxes | None = None) -> tuple[Tensor, ...]:
-        """Encode the generated prompts with SAM's own prompt encoder.
-
-        Args:
-            aux: outputs of the prompt generator.
-            given: boxes that replace generated ones.
-        Returns:
-            sparse (S*N, 2, width), the corners of the boxes; dense (S*N, width, h, w), the masks; image_pe
-            (1, width, h, w), the position codes of the image.
-        """
+        """Encode the boxes and masks of the prompt generator, or given boxes, by SAM's own prompt encoder."""
         encoder = self.sam.prompt_encoder
         # Outside autocast: in half precision the random Fourier code of a position is off by about a pixel.
         with torch.autocast(self.class_tokens.device.type, enabled=False):
             boxes, masks = self.prompt_generator.prompts(aux, encoder.mask_input_size, given)
-            boxes = boxes * self.box_scale  # (S, N, 4) in pixels
+            boxes = boxes * self.box_scale  # (S, N, 4) in pixels: columns, rows, columns, rows
             masks = None if masks is None else masks.flatten(0, 1)[:, None]  # (S*N, 1, 4h, 4w)
             sparse, dense = encoder(points=None, boxes=boxes.flatten(0, 1), masks=masks)
+            # The corners of the boxes (S*N, 2, width), the masks (S*N, width, h, w), position codes (1, ...).
             return sparse, dense, encoder.get_dense_pe()
 
     def decode(
@@ -175,12 +146,8 @@ class MaskSAM(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """Repeat SAM's `MaskDecoder.predict_masks` for S images with N prompts each (2.6, fig. 3c).
 
-        Args:
-            image_embeddings: (S, width, h, w), the neck.
-            image_pe, sparse_prompt_embeddings, dense_prompt_embeddings: outputs of `encode_prompts`.
-            class_tokens: (S, N, width); None leaves them out, as SAM does.
-        Returns:
-            class_logits (S, N, K+1), None without class tokens; mask_logits (S, N, 4h, 4w).
+        Neck (S, width, h, w), outputs of `encode_prompts`, class_tokens (S, N, width), or None for SAM's own
+        decoder -> class_logits (S, N, K+1) or None, mask_logits (S, N, 4h, 4w).
         """
         decoder, n = self.sam.mask_decoder, self.config.num_queries  # +
         # (S*N, T, width): SAM's IoU token, four mask tokens, two box corners, and the class token.
@@ -217,14 +184,7 @@ class MaskSAM(nn.Module):
 
 
 def semantic_map(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
-    """Sum class probability times mask probability over the queries, as MaskFormer's semantic inference does.
-
-    Args:
-        class_logits: (S, N, K+1), "no object" last.
-        mask_logits: (S, N, H, W).
-    Returns:
-        (S, K, H, W), each value in [0, N].
-    """
+    """Sum class * mask probability over queries, as MaskFormer: (S, N, K+1), (S, N, H, W) -> (S, K, H, W)."""
     return torch.einsum("snk,snhw->skhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
 
 
@@ -232,8 +192,8 @@ def parts_never_read(sam: nn.Module, form: str) -> list[nn.Module]:
     """Return the parts of SAM without a gradient: IoU, masks 1 to 3, points, one of the two dense prompts."""
     decoder, prompts = sam.mask_decoder, sam.prompt_encoder
     dense = prompts.mask_downscaling if form == "b" else prompts.no_mask_embed
-    others = [*decoder.output_hypernetworks_mlps[1:], *prompts.point_embeddings[:2]]
-    return [decoder.iou_prediction_head, prompts.not_a_point_embed, dense, *others]
+    lists = *decoder.output_hypernetworks_mlps[1:], *prompts.point_embeddings[:2]
+    return [decoder.iou_prediction_head, prompts.not_a_point_embed, dense, *lists]
 
 
 class EncoderBlockAdapters(nn.Module):
@@ -251,8 +211,7 @@ class EncoderBlockAdapters(nn.Module):
         x = attention(block.attn, x, block.window_size)  # +
         x = self.behind_attention(x)  # +
         x = shortcut + x
-        # Release: the adapter beside the MLP counts half. The MLP comes last, so that a checkpointed block is
-        # computed again only up to the MLP's second layer.
+        # Release: the adapter counts half. The MLP is last: checkpointing does not repeat its second layer.
         normed = block.norm2(x)  # +
         x = x + 0.5 * self.beside_mlp(normed)  # +
         x = x + block.mlp(normed)  # +
@@ -273,14 +232,11 @@ class TinyViTBlockAdapters(EncoderBlockAdapters):
 
 
 class ViTEncoder:
-    """SAM's ViT for any token grid, with a tap behind each quarter of its blocks: 2, 5, 8, 11 of ViT-B (2.3).
+    """SAM's ViT for any token grid. A tap follows each quarter of its blocks: 2, 5, 8, 11 of ViT-B (2.3)."""
 
-    Ours: the position embedding is resampled. No `scales` of the taps over the grid: all taps have the grid.
-    """
+    block_adapters, scales = EncoderBlockAdapters, None  # no scales: all taps have the size of the token grid
 
-    block_adapters, scales = EncoderBlockAdapters, None
-
-    def __init__(self, encoder: nn.Module, grid: tuple[int, int]):
+    def __init__(self, encoder: nn.Module, grid: tuple[int, int]):  # Ours: resampled position embedding
         encoder.pos_embed = nn.Parameter(resample_position_embedding(encoder.pos_embed.detach(), grid))
         blocks, self.encoder, self.width = list(encoder.blocks), encoder, encoder.pos_embed.shape[-1]
         self.tap_dims, self.block_dims = [self.width] * 4, [self.width] * len(blocks)
@@ -288,11 +244,7 @@ class ViTEncoder:
         self.stages = [(blocks[start:end], None) for start, end in zip(ends, ends[1:])]
 
     def __call__(self, x, depth_embed, insertions, again: bool) -> tuple[Tensor, list[Tensor]]:
-        """Repeat SAM's `ImageEncoderViT.forward` with depth embedding, adapters and taps (fig. 3a).
-
-        x (S, 3, *encoder_size), depth_embed (D, 1, 1, width) or None, insertions per block -> neck, taps.
-        With `again`, backward computes every block again, instead of keeping its activations.
-        """
+        """Repeat SAM's `ImageEncoderViT.forward` on (S, 3, *encoder_size), with adapters, taps (fig. 3a)."""
         encoder, insertions, taps = self.encoder, iter(insertions), []  # +
         x = encoder.patch_embed(x)
         if getattr(encoder, "pos_embed", None) is not None:  # +
@@ -300,7 +252,8 @@ class ViTEncoder:
         # (S, h, w, width): every token of slice d gets embedding d (2.5 ii).
         if depth_embed is not None:  # +
             x = (x.unflatten(0, (-1, len(depth_embed))) + depth_embed).flatten(0, 1)  # +
-        # Each block with its two adapters (2.5 iii); a tap (S, width, h, w) behind each stage.
+        # Each block with its two adapters (2.5 iii); a tap (S, width, h, w) behind each stage. With `again`,
+        # backward computes every block again, instead of keeping its activations.
         for blocks, downsample in self.stages:  # +
             for blk in blocks:  # +
                 call = (blk, x) if isinstance(blk, ConvBlock) else (next(insertions), x, blk)  # +
@@ -323,17 +276,13 @@ class TinyViTEncoder(ViTEncoder):
 
 
 def two_way_transformer(transformer, insertions, depth_embed, image_embedding, image_pe, point_embedding, n):
-    """Repeat SAM's `TwoWayTransformer.forward` with depth embedding (D, 1, 1, width) or None, and adapters.
-
-    image_embedding (S*N, width, h, w), image_pe (1, width, h, w), point_embedding (S*N, T, width) -> tokens
-    of the queries (S*N, T, width), tokens of the image (S*N, h*w, width).
-    """
+    """Repeat SAM's `TwoWayTransformer.forward` with depth embedding, (D, 1, 1, width) or None, adapters."""
     bs, c, h, w = image_embedding.shape
-    image_embedding = image_embedding.flatten(2).permute(0, 2, 1)
+    image_embedding = image_embedding.flatten(2).permute(0, 2, 1)  # (S*N, h*w, width)
     image_pe = image_pe.flatten(2).permute(0, 2, 1)
     # (1 or D, 1, h*w, width): a slice has its own position codes, the same for all its queries.
     image_pe = image_pe[None] if depth_embed is None else image_pe[None] + depth_embed  # +
-    queries = point_embedding
+    queries = point_embedding  # (S*N, T, width)
     keys = image_embedding
     for layer, insertion in zip(transformer.layers, insertions):  # +
         queries, keys = insertion(layer, queries, keys, point_embedding, image_pe, (h, w), n)  # +
@@ -352,10 +301,7 @@ def add_position(keys: Tensor, key_pe: Tensor, n: int) -> Tensor:
 
 
 class DecoderBlockAdapters(nn.Module):
-    """The four adapters that fig. 3c inserts into one block of SAM's two-way transformer (2.6).
-
-    `image_adapter` is the class for image tokens, `token_adapter` for prompt tokens; `dim` is the width.
-    """
+    """The four adapters that fig. 3c inserts into one block of SAM's two-way transformer (2.6)."""
 
     def __init__(self, image_adapter, token_adapter, dim: int, depth: int):
         super().__init__()
@@ -365,11 +311,7 @@ class DecoderBlockAdapters(nn.Module):
         self.behind_image_to_token = image_adapter(dim, depth, skip=True)
 
     def forward(self, block, queries, keys, query_pe, key_pe, grid, n) -> tuple[Tensor, Tensor]:
-        """Repeat SAM's `TwoWayAttentionBlock.forward` with four adapters.
-
-        queries and query_pe (S*N, T, width), keys (S*N, h*w, width), key_pe (1 or D, 1, h*w, width), grid
-        (h, w) -> queries and keys of the same shapes.
-        """
+        """Repeat SAM's `TwoWayAttentionBlock.forward` with four adapters; grid is (h, w) of the keys."""
         # Tokens attend to tokens of their own query: (S*N, T, width).
         if block.skip_first_layer_pe:
             queries = block.self_attn(q=queries, k=queries, v=queries)
@@ -380,7 +322,7 @@ class DecoderBlockAdapters(nn.Module):
             attn_out = self.behind_self_attention(attn_out, n)  # +
             queries = queries + attn_out
         queries = block.norm1(queries)
-        # Tokens attend to the image.
+        # Tokens attend to the image: keys (S*N, h*w, width), key_pe (1 or D, 1, h*w, width).
         q = queries + query_pe
         k = add_position(keys, key_pe, n)  # +
         attn_out = block.cross_attn_token_to_image(q=q, k=k, v=keys)
@@ -418,11 +360,7 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class MaskSAMConfig:
-    """The settings that travel with the weights; the defaults are those of the ACDC preset.
-
-    Raises:
-        ValueError: no model can have these values.
-    """
+    """The settings that travel with the weights; the defaults are those of the ACDC preset."""
 
     sam: str = "vit_b"  # key of BACKBONES
     variant: str = "b9"  # key of VARIANTS
@@ -430,10 +368,7 @@ class MaskSAMConfig:
     num_classes: int = 4  # K, with background
     num_queries: int = 8  # N
     patch_size: tuple[int, int, int] = (4, 256, 256)  # (D, H, W) in voxels
-    encoder_size: tuple[int, int] = (
-        1024,
-        1024,
-    )  # (rows, columns) in pixels, multiples of the backbone's stride
+    encoder_size: tuple[int, int] = (1024, 1024)  # (rows, columns), multiples of the backbone's stride
     mask_prompt: str = "logits"  # or "binary": the mask prompt that SAM gets
     given_boxes: bool = False  # the boxes of the classes are given, in training and in use
 
@@ -446,50 +381,25 @@ class MaskSAMConfig:
             object.__setattr__(self, name, value)  # a list from a file or the command line becomes a tuple
             if len(value) != length or any(side < 1 or side % multiple for side in value):
                 raise ValueError(f"{name} is {value}, expected {length} positive multiples of {multiple}")
-        if self.num_classes < 2 or self.num_queries < 1 or self.num_channels < 1:
-            raise ValueError(f"expected at least 2 classes, 1 query and 1 channel, found {self}")
-        if self.given_boxes and self.num_queries < self.num_classes:
-            raise ValueError(
-                f"found {self.num_queries} queries, expected {self.num_classes} or more: one per class"
-            )
+        queries = self.num_classes if self.given_boxes else 1  # given boxes need a query per class
+        if self.num_classes < 2 or self.num_channels < 1 or self.num_queries < queries:
+            raise ValueError(f"expected at least 2 classes, 1 channel and {queries} queries, found {self}")
 
     @property
     def grid(self) -> tuple[int, int]:
         """The token grid of the encoder, (h, w)."""
-        stride = BACKBONES[self.sam].stride
-        return self.encoder_size[0] // stride, self.encoder_size[1] // stride
+        return tuple(side // BACKBONES[self.sam].stride for side in self.encoder_size)
 
 
 def build_model(config: MaskSAMConfig, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
-    """Build MaskSAM around the pre-trained SAM.
+    """Build MaskSAM around the pre-trained SAM, whose file is given or comes from torch's cache.
 
-    Args:
-        config: sizes and variant.
-        sam_checkpoint: SAM's file, if it is not in torch's cache.
-    Returns:
-        The model; SAM's name and the sha256 of its file (None for `tiny`), which a checkpoint records.
+    Returns: the model; SAM's name and the sha256 of its file (None for `tiny`), which a checkpoint records.
     """
-    path = find_sam_file(config.sam, sam_checkpoint)
-    model = MaskSAM(config)
+    path, model = find_sam_file(config.sam, sam_checkpoint), MaskSAM(config)
     if path is not None:
-        load_sam(model, path)
+        load_sam(model.sam, config.sam, path, config.grid)
     return model, {"name": config.sam, "sha256": None if path is None else file_sha256(path)}
-
-
-def load_sam(model: MaskSAM, path: str | Path) -> None:
-    """Load SAM's file strictly, with resampled position embedding. Raise ValueError for any other file."""
-    name, positions = model.config.sam, "image_encoder.pos_embed"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if positions in state:  # TinyViT has none
-            state[positions] = resample_position_embedding(state[positions], model.config.grid)
-        model.sam.load_state_dict(state, strict=True)
-    except Exception as error:  # a wrong file fails in unpickling, in look-up or in shapes
-        reason = " ".join(str(error).strip().splitlines()[:3])[:300]
-        raise ValueError(
-            f"{path} does not hold SAM {name}: {reason} ... expected the file {BACKBONES[name].file}, or one "
-            "with the same tensors; choose another backbone with --sam"
-        ) from error
 
 
 def trained_state(model: MaskSAM) -> dict[str, Tensor]:
@@ -514,16 +424,9 @@ def checkpoint_content(model: MaskSAM, sam: dict, plan: dict) -> dict:
 
 
 def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
-    """Rebuild a trained model from its checkpoint and SAM's own file.
+    """Rebuild a trained model from a checkpoint of train.py and SAM's own file.
 
-    Args:
-        path: a checkpoint of train.py.
-        sam_checkpoint: SAM's file, if it is not in torch's cache.
-    Returns:
-        The model in evaluation mode on the CPU; the rest of the checkpoint.
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no checkpoint of this code, or SAM's file is not the one of the training.
+    Returns: the model in evaluation mode on the CPU; the rest. Raises: ValueError if the two do not fit.
     """
     content = read_checkpoint(path)
     try:
@@ -532,20 +435,16 @@ def load_checkpoint(path: str | Path, sam_checkpoint: str | Path | None = None) 
         raise ValueError(f"{path} holds a configuration that this code cannot build: {error}") from error
     model, sam = build_model(config, sam_checkpoint)
     if sam["sha256"] != content["sam"]["sha256"]:
-        raise ValueError(
-            f"{path} was trained with SAM {sam['name']} of sha256 {content['sam']['sha256']}, found "
-            f"{sam['sha256']}: pass the right file with --sam-checkpoint"
-        )
+        trained_with = f"{path} was trained with SAM {sam['name']} of sha256 {content['sam']['sha256']}"
+        raise ValueError(f"{trained_with}, found {sam['sha256']}: pass the right file with --sam-checkpoint")
     load_trained_state(model, content.pop("state"), path)
     return model.eval(), content
 
 
-def count_parameters(model: MaskSAM) -> dict[str, tuple[int, int]]:
-    """Count parameters as table 5: component -> (trainable, frozen). SAM has a component per module."""
-    counts: dict[str, tuple[int, int]] = {}
+def count_parameters(model: MaskSAM) -> dict[str, list[int]]:
+    """Count parameters as table 5: component -> [trainable, frozen]. SAM has a component per module."""
+    counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         component = ".".join(name.split(".")[: 2 if name.startswith("sam.") else 1])
-        trainable, frozen = counts.get(component, (0, 0))
-        own = parameter.numel() if parameter.requires_grad else 0
-        counts[component] = (trainable + own, frozen + parameter.numel() - own)
+        counts.setdefault(component, [0, 0])[not parameter.requires_grad] += parameter.numel()
     return counts

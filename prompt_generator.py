@@ -38,13 +38,7 @@ class GivenBoxes(NamedTuple):
 
     @classmethod
     def from_label_map(cls, labels: Tensor, num_classes: int, num_queries: int) -> "GivenBoxes":
-        """Read the box of each class in each slice from the truth or from another program's label map.
-
-        Args:
-            labels: (S, H, W) class ids.
-            num_classes: K, with background.
-            num_queries: N, at least K.
-        """
+        """Read the box of each class in each slice from class ids (S, H, W): the truth or another's map."""
         ids = torch.arange(num_classes + 1, device=labels.device)  # background first, "no object" last
         boxes = masks_to_boxes(labels[:, None] == ids[1:-1, None, None])  # (S, K-1, 4)
         has_box, spare = boxes.any(-1), num_queries - num_classes + 1  # (S, K-1), queries without a class
@@ -76,9 +70,7 @@ class Level(nn.Module):
     The release convolves in 3-D, at full width and size.
 
     Args:
-        above_dim: channels of the map above.
-        tap_dim: channels of the tap.
-        dim: channels of this level.
+        above_dim, tap_dim, dim: channels of the map above, of the tap and of this level.
         size: (rows, columns) of this level's map.
     """
 
@@ -102,9 +94,7 @@ def level_sizes(grid: tuple[int, int], patch: tuple[int, int], levels: int, scal
     to the patch. Taps that are a pyramid bring their own scales.
 
     Args:
-        grid: (h, w) of the tokens.
-        patch: (H, W), the largest size.
-        levels: the number of levels.
+        grid, patch, levels: (h, w) of the tokens; (H, W), the largest size; the number of levels.
         scales: the size of each level over the token grid, or None for a ViT.
     """
     if scales is None:
@@ -117,11 +107,8 @@ class PromptGenerator(nn.Module):
     """Make N prompts per slice from the image encoder's features (paper 2.3, fig. 3b).
 
     Args:
-        neck_dim: channels of the encoder's output.
-        tap_dims: channels of the taps, first block first.
-        grid: (h, w) of the tokens.
-        patch_size: (H, W) of the auxiliary masks.
-        num_queries: N.
+        neck_dim, tap_dims: channels of the encoder's output, and of each tap, first block first.
+        grid, patch_size, num_queries: (h, w) of the tokens, (H, W) of the auxiliary masks, N.
         form: the letter of fig. 5, "a" to "d"; see `prompts`.
         mask_prompt: whether SAM gets the masks as "logits" or "binary".
         scales: as in `level_sizes`.

@@ -29,14 +29,7 @@ def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
 
     Ours: windows are cut after the linear layer `qkv` and put together before `proj`. SAM zero-pads the image
     before `qkv`, so that padded tokens become the bias of `qkv`. We pad with that bias directly and save the
-    product.
-
-    Args:
-        layer: SAM's `Attention`.
-        x: image tokens (S, h, w, width).
-        window: side of a window in tokens; 0 means one window for the whole image.
-    Returns:
-        Tokens of the same shape.
+    product. (S, h, w, width) -> same; `window` is its side in tokens, 0 for the whole image.
     """
     qkv, size = layer.qkv(x), x.shape[1:3]  # (S, h, w, 3 * width)
     if window:
@@ -45,13 +38,11 @@ def attention(layer: nn.Module, x: Tensor, window: int = 0) -> Tensor:
         padded[:, : size[0], : size[1]] = qkv
         qkv, _ = window_partition(padded, window)  # (R, window, window, 3 * width), R windows
     h, w = qkv.shape[1:3]
-    query, key, value = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(
-        3, 0, 4, 1, 2, 5
-    )  # (R, heads, h, w, c)
-    by_row = torch.einsum("rnhwc,hkc->rnhwk", query, relative_positions(layer.rel_pos_h, h).to(qkv))  # q . Rh
-    by_column = torch.einsum(
-        "rnhwc,wkc->rnhwk", query, relative_positions(layer.rel_pos_w, w).to(qkv)
-    )  # q . Rw
+    heads = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    query, key, value = heads  # (R, heads, h, w, c) each
+    rows, columns = relative_positions(layer.rel_pos_h, h), relative_positions(layer.rel_pos_w, w)
+    by_row = torch.einsum("rnhwc,hkc->rnhwk", query, rows.to(qkv))  # q . Rh
+    by_column = torch.einsum("rnhwc,wkc->rnhwk", query, columns.to(qkv))  # q . Rw
     attend = attend_fused if x.device.type in FUSED_DEVICES else attend_by_rows
     out = attend(query * layer.scale, key, value, by_row.to(query), by_column.to(query))
     out = out.movedim(1, 3).flatten(3)  # (R, h, w, width)
@@ -66,15 +57,10 @@ def _offsets(size: int, device: torch.device) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Look up the relative position embedding of every query and key along one axis: SAM's `get_rel_pos`.
+    """Look up the relative positions of every query and key along an axis of `size` tokens: (size, size, c).
 
-    SAM's function makes its index on the CPU at every call, which a GPU has to wait for.
-
-    Args:
-        table: learned embedding (2 * trained size - 1, c).
-        size: number of tokens along the axis; the table is resampled where it was trained for another size.
-    Returns:
-        Embedding (size, size, c) of query y and key y'.
+    The table (2 * trained size - 1, c) is resampled if it was trained for another size. SAM's `get_rel_pos`
+    makes its index on the CPU at every call, which a GPU has to wait for.
     """
     if len(table) != 2 * size - 1:
         table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
@@ -85,12 +71,8 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by
     """Attend with positions, a few rows of queries at a time, so that few of the (h * w)^2 scores are held.
 
     Args:
-        query: scaled queries (R, heads, h, w, c).
-        key, value: the same shape.
-        by_row: (R, heads, h, w, h), added to the scores of all keys of a row.
-        by_column: (R, heads, h, w, w), added to the scores of all keys of a column.
-    Returns:
-        Attended values (R, heads, h, w, c).
+        query, key, value: (R, heads, h, w, c), like the result; the query is scaled.
+        by_row, by_column: (R, heads, h, w, h or w), added to the scores of all keys of a row or a column.
     """
     heads, h, w = query.shape[1:4]
     bytes_per_image = heads * (h * w) ** 2 * query.element_size()
@@ -107,10 +89,8 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by
         scores += part_by_column.flatten(2, 3)[..., None, :]  # (R, heads, rows * w, h, w)
         return (scores.flatten(-2).softmax(-1).to(value) @ value).unflatten(2, (-1, w))
 
-    recompute = (
-        rows < h and torch.is_grad_enabled()
-    )  # backward computes the scores again instead of holding all
-    for parts in zip(query.split(rows, 2), by_row.split(rows, 2), by_column.split(rows, 2)):
+    recompute = rows < h and torch.is_grad_enabled()  # backward makes the scores again: few are held
+    for parts in zip(*(tensor.split(rows, 2) for tensor in (query, by_row, by_column))):
         out.append(checkpoint(attend, *parts, use_reentrant=False) if recompute else attend(*parts))
     return torch.cat(out, dim=2)
 
@@ -134,21 +114,14 @@ def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_c
     places = _key_places(h, w, spare, key.dtype, key.device).expand(*key.shape[:2], -1, -1, -1)
     query = torch.cat([query, by_row, F.pad(by_column, (0, spare - h - w))], dim=-1).flatten(2, 3)
     key = torch.cat([key, places], dim=-1).flatten(2, 3)
-    out = fused_attention(query, key, value.flatten(2, 3))
-    return out.unflatten(2, (h, w))
+    return fused_attention(query, key, value.flatten(2, 3)).unflatten(2, (h, w))
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Call `scaled_dot_product_attention` for a value that may be narrower than query and key.
+    """Call `scaled_dot_product_attention` for a value (..., c) that may be narrower than query and key.
 
     Ours: flash attention wants one width for all three, so the value is padded with zeros and the result is
     cut again. cuDNN's kernel, torch's choice on an H100 and later, takes a narrow value.
-
-    Args:
-        query, key: (R, heads, tokens, width).
-        value: (R, heads, tokens, c), c <= width.
-    Returns:
-        Attended values (R, heads, tokens, c).
     """
     narrow = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability() >= (9, 0)
     wide = value if narrow else F.pad(value, (0, query.shape[-1] - value.shape[-1]))

@@ -2,7 +2,7 @@
 
 BACKBONES["vit_b"].build()     SAM's network with random weights
 find_sam_file("vit_b")         the published file in torch's cache, downloaded at the first call
-modeling, get_rel_pos, ...     segment_anything's network alone; the package itself would import torchvision
+modeling, window_partition     segment_anything's network alone; the package itself would import torchvision
 """
 
 import dataclasses
@@ -29,11 +29,7 @@ if _stand_in:
         raise ImportError("the package segment-anything is missing: pip install -r requirements.txt")
     sys.modules["segment_anything"] = importlib.util.module_from_spec(_spec)
 from segment_anything import build_sam, modeling  # noqa: E402
-from segment_anything.modeling.image_encoder import (  # noqa: E402, F401
-    get_rel_pos,
-    window_partition,
-    window_unpartition,
-)
+from segment_anything.modeling.image_encoder import window_partition, window_unpartition  # noqa: E402, F401
 
 if _stand_in:
     del sys.modules["segment_anything"]
@@ -63,24 +59,14 @@ def _build_light(size: int, patch: int, num_classes: int, pixel_mean: list, pixe
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """One name for `--sam`.
+    """One name for `--sam`."""
 
-    Args:
-        build: function that builds the network with random weights.
-        file: name of the published file; None if there is none, and SAM trains too.
-        sha256: of this file.
-        url: address of this file; None if no script can fetch it from its home.
-        stride: side of a token in pixels of the encoder's input.
-        grey: mean and deviation, in grey levels, of the pictures that it was trained on; None if SAM's pixel
-            statistics tell them.
-    """
-
-    build: Callable[[], nn.Module]
-    file: str | None = None
-    sha256: str | None = None
-    url: str | None = None
-    stride: int = 16
-    grey: tuple[float, float] | None = None
+    build: Callable[[], nn.Module]  # makes the network with random weights
+    file: str | None = None  # name of the published file; without one, SAM trains too
+    sha256: str | None = None  # of this file
+    url: str | None = None  # address of this file; None if no script can fetch it from its home
+    stride: int = 16  # side of a token in pixels of the encoder's input
+    grey: tuple[float, float] | None = None  # mean, deviation of its pictures; None: as pixel statistics
 
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -116,16 +102,10 @@ BACKBONES = {
 
 
 def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
-    """Return the file with SAM's weights: the given one, or the published one, which torch's cache keeps.
+    """Return the file with SAM's weights: the user's own at `path`, or the published one, in torch's cache.
 
-    Args:
-        name: key of `BACKBONES`.
-        path: the user's own file.
-    Returns:
-        The file; None for a backbone without pre-trained weights.
-    Raises:
-        ValueError: a file is given to a backbone without pre-trained weights.
-        FileNotFoundError: the given file does not exist, or the published one cannot be fetched.
+    Returns: the file; None for a backbone without pre-trained weights.
+    Raises: ValueError for a file too many, FileNotFoundError for one that is missing and cannot be fetched.
     """
     backbone = BACKBONES[name]
     if backbone.file is None:
@@ -141,9 +121,8 @@ def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
         return target
     if backbone.url is None:
         raise FileNotFoundError(
-            f"{target}: no such file, expected SAM {name}, which no script can fetch. Get {backbone.file} "
-            "from the Google Drive folder that github.com/bowang-lab/MedSAM names (branch LiteMedSAM), and "
-            "pass --sam-checkpoint FILE."
+            f"{target}: no such file, and no script can fetch it. Get {backbone.file} from the Google Drive "
+            "folder that github.com/bowang-lab/MedSAM names (branch LiteMedSAM): --sam-checkpoint FILE."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     try:  # torch checks the sha256, and gives the file its name only when it is whole
@@ -154,6 +133,20 @@ def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
             "Put the file there by hand, or pass --sam-checkpoint FILE. (--sam tiny needs no weights.)"
         ) from error
     return target
+
+
+def load_sam(sam: nn.Module, name: str, path: str | Path, grid: tuple[int, int]) -> None:
+    """Load SAM's file strictly, with resampled position embedding. Raise ValueError for any other file."""
+    positions = "image_encoder.pos_embed"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if positions in state:  # TinyViT has none
+            state[positions] = resample_position_embedding(state[positions], grid)
+        sam.load_state_dict(state, strict=True)
+    except Exception as error:  # a wrong file fails in unpickling, in look-up or in shapes
+        reason = " ".join(str(error).strip().splitlines()[:3])[:300]
+        expected = f"expected the file {BACKBONES[name].file}, or another backbone with --sam"
+        raise ValueError(f"{path} does not hold SAM {name}: {reason} ... {expected}") from error
 
 
 def file_sha256(path: str | Path) -> str:

@@ -27,13 +27,6 @@ class ConvNorm(nn.Module):
 
     Ours: the norm uses its stored statistics in training too, as the backbone is frozen. It is then a factor
     and an offset of the convolution: one operation, with no activation kept in between.
-
-    Args:
-        in_dim: input channels.
-        out_dim: output channels.
-        kernel_size: odd; the padding keeps the size.
-        stride: of the convolution.
-        groups: 1, or `out_dim` for a depth-wise convolution.
     """
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
@@ -56,11 +49,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, dim: int, patch: int):
         super().__init__()
         kernel_size, stride = {4: (3, 2), 1: (1, 1)}[patch]
-        self.seq = nn.Sequential(
-            ConvNorm(3, dim // 2, kernel_size, stride),
-            nn.GELU(),
-            ConvNorm(dim // 2, dim, kernel_size, stride),
-        )
+        first = ConvNorm(3, dim // 2, kernel_size, stride)
+        self.seq = nn.Sequential(first, nn.GELU(), ConvNorm(dim // 2, dim, kernel_size, stride))
 
     def forward(self, image: Tensor) -> Tensor:
         """(S, 3, H, W) -> (S, H / patch, W / patch, dim)."""
@@ -167,8 +157,7 @@ class TinyViT(nn.Module):
 
     Args:
         img_size: side of the pictures of its training in pixels; SAM's `preprocess` pads to it.
-        patch: see `PatchEmbed`.
-        out_chans: channels of the neck.
+        patch, out_chans: see `PatchEmbed`; the channels of the neck.
         num_classes: of a classifier that is never read; MobileSAM's file has one.
     """
 
