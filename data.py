@@ -1,16 +1,15 @@
 """From files to training patches and back: plan, prepare, cut, augment, dataset mapping (paper 2.2, 3).
 
-    files ── check_source, make_plan ──> Plan ── prepare_case ──> image (C, D, H, W), label (D, H, W)
-    ── prepare ──> cache ── PatchDataset ──> augmented patches ── label_map_to_segments ──> masks, boxes
-    semantic map of the network ── resample_scores ──> semantic map on the grid of the file
+files ── check_source, make_plan ──> Plan ── prepare_case ──> image (C, D, H, W), label (D, H, W)
+── prepare ──> cache ── PatchDataset ──> augmented patches ── label_map_to_segments ──> masks, boxes
+semantic map of the network ── resample_scores ──> semantic map on the grid of the file
 
-Usage:
-
-    python data.py check --data X --root DIR     list all problems of a data set
-    python data.py prepare --data X --root DIR   write the cache, as train.py does when it starts
-    python data.py info --data X --root DIR      print cases, sizes, spacings, intensities and classes
+python data.py check --data X --root DIR     list all problems of a data set
+python data.py prepare --data X --root DIR   write the cache, as train.py does when it starts
+python data.py info --data X --root DIR      print cases, sizes, spacings, intensities and classes
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -32,15 +31,11 @@ from support.layouts import Case, DataSource, find_data
 from support.nifti import Geometry, check_case, check_same_place, read_header, read_image, read_label
 from support.presets import Task
 
-# -------------------------------------------------------------------------------------------- whole data sets
+Array, Shape = np.ndarray, Sequence[int]
 
 
 def parallel(function: Callable, items: Sequence, workers: int, desc: str) -> Iterator:
-    """Call a function for every item, and yield the results in order, with a progress bar.
-
-    Threads suffice, since gzip, NumPy and SciPy release the interpreter's lock. The first error cancels all
-    calls that have not begun.
-    """
+    """Call a function for every item in threads, and yield the results in order, with a progress bar."""
     if workers == 1:
         yield from map(function, tqdm(items, desc, leave=False, disable=not items))
         return
@@ -49,26 +44,21 @@ def parallel(function: Callable, items: Sequence, workers: int, desc: str) -> It
         try:
             yield from (future.result() for future in tqdm(futures, desc, leave=False, disable=not futures))
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # the first error cancels all calls that have not begun
 
 
 def check_cases(
     cases: Sequence[Case], num_classes: int, workers: int = 1, others: Sequence[str | Path] | None = None
 ) -> list[str]:
-    """Read every file of some cases, and return one line "FILE: found X, expected Y" for each problem.
-
-    If there are `others`, they are one more label map per case, which must lie where the case lies.
-    """
-    files = [[other] for other in others] if others is not None else [[]] * len(cases)
-    pairs = [*zip(cases, files)]
-    checks = parallel(lambda pair: check_case(pair[0], num_classes, pair[1]), pairs, workers, "checking")
-    return [problem for problems in checks for problem in problems]
+    """Read all files, and if there are `others` one more label map per case; return a line per problem."""
+    more = [[other] for other in others or ()] or [()] * len(cases)
+    jobs = range(len(cases))
+    return sum(parallel(lambda i: check_case(cases[i], num_classes, more[i]), jobs, workers, "checking"), [])
 
 
 def check_source(source: DataSource, workers: int = 1) -> None:
     """Check all cases of a data set; raise a ValueError that lists all problems."""
-    cases = [case for split in source.splits.values() for case in split]
-    if problems := check_cases(cases, len(source.task.labels), workers):
+    if problems := check_cases(sum(source.splits.values(), ()), len(source.task.labels), workers):
         raise ValueError(f"{len(problems)} problems in {source.root}:\n" + "\n".join(problems))
 
 
@@ -77,8 +67,7 @@ class Plan:
     """How cases are prepared. It is derived from the training split alone, and every checkpoint carries it.
 
     Args:
-        data: name of the data set.
-        task: labels, channels, modality and flips.
+        data, task: name of the data set; its labels, channels, modality and flips.
         spacing: (D, H, W) in mm to which cases are resampled; D is None if every case keeps its slices.
         intensity: (low, high, mean, deviation) of each channel for CT; None for MR.
     """
@@ -95,15 +84,11 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict) -> "Plan":
         """Make a plan of the plain types; raise a ValueError if another version of this file wrote them."""
-
-        def tuples(value):
-            return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-        if values.keys() != cls.__dataclass_fields__.keys():
-            expected = list(cls.__dataclass_fields__)
+        if list(values) != (expected := list(cls.__dataclass_fields__)):
             raise ValueError(f"plan: found {list(values)}, expected {expected}; train again")
-        task = Task(**{key: tuples(value) for key, value in values["task"].items()})
-        return cls(values["data"], task, tuples(values["spacing"]), tuples(values["intensity"]))
+        task = Task(**{key: tuple(v) if isinstance(v, list) else v for key, v in values["task"].items()})
+        intensity = values["intensity"] and tuple(map(tuple, values["intensity"]))
+        return cls(values["data"], task, tuple(values["spacing"]), intensity)
 
 
 def make_plan(source: DataSource, workers: int = 1) -> Plan:
@@ -118,34 +103,28 @@ def make_plan(source: DataSource, workers: int = 1) -> Plan:
     if task.modality == "MR":
         return Plan(source.name, task, spacing, None)
 
-    def sample(case: Case) -> list[np.ndarray]:
+    def sample(case: Case) -> list[Array]:
         foreground = read_label(case.label, len(task.labels))[0] > 0
         step = max(1, np.count_nonzero(foreground) // 10000)  # Ours: about 10,000 voxels of each case suffice
         return [read_image(path)[0][foreground][::step] for path in case.images]
 
-    samples = zip(*parallel(sample, cases, workers, "intensities"))  # per channel, one array per case
-    intensity = tuple(clip_and_scale(np.concatenate(channel)) for channel in samples)
-    return Plan(source.name, task, spacing, intensity)
+    channels = zip(*parallel(sample, cases, workers, "intensities"))  # of each channel, one array per case
+    return Plan(source.name, task, spacing, tuple(clip_and_scale(np.concatenate(each)) for each in channels))
 
 
-# --------------------------------------------------------------------------------------------------- one case
-
-
-def clip_and_scale(foreground: np.ndarray) -> tuple[float, float, float, float]:
+def clip_and_scale(foreground: Array) -> tuple[float, float, float, float]:
     """Return (low, high, mean, deviation) of CT voxels. Ours: nnU-Net's percentiles, 0.5 and 99.5."""
     low, high = np.percentile(foreground, (0.5, 99.5))
     clipped = foreground.clip(low, high)
     return float(low), float(high), float(clipped.mean()), float(clipped.std())
 
 
-def normalise(channel: np.ndarray, intensity: tuple[float, float, float, float] | None) -> np.ndarray:
+def normalise(channel: Array, intensity: tuple[float, float, float, float] | None) -> Array:
     """Normalise a channel with the numbers of `clip_and_scale`; if there are none (MR), with its own."""
     if intensity is None:
-        mean, deviation = channel.mean(), channel.std()
-    else:
-        low, high, mean, deviation = intensity
-        channel = channel.clip(low, high)
-    return (channel - mean) / max(deviation, 1e-8)
+        return (channel - channel.mean()) / max(channel.std(), 1e-8)
+    low, high, mean, deviation = intensity
+    return (channel.clip(low, high) - mean) / max(deviation, 1e-8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,35 +132,26 @@ class Prepared:
     """A case on the plan's grid.
 
     Args:
-        image: (C, D, H, W) float32, of about mean 0 and deviation 1.
+        image, geometry: (C, D, H, W) float32, of about mean 0 and deviation 1. Geometry of its first file.
         label: (D, H, W) uint8, the true class ids; None if they are hidden.
-        geometry: of the case's first file.
         box_labels: (D, H, W) uint8, the class ids whose boxes the network is given; None if it makes its own.
     """
 
-    image: np.ndarray
-    label: np.ndarray | None
+    image: Array
+    label: Array | None
     geometry: Geometry
-    box_labels: np.ndarray | None = None
+    box_labels: Array | None = None
 
     def network_input(self) -> Tensor:
-        """Return the image (C, D, H, W), or (C + 1, D, H, W) with given boxes."""
-        image = torch.from_numpy(np.array(self.image))
-        if self.box_labels is None:
-            return image
-        return with_box_labels(image, torch.from_numpy(np.array(self.box_labels)))
-
-
-def with_box_labels(image: Tensor, box_labels: Tensor) -> Tensor:
-    """Append class ids (D, H, W) as a last channel, from which `MaskSAM` makes the given boxes."""
-    return torch.cat([image, box_labels[None].to(image)])
+        """Return the image (C, D, H, W), or (C + 1, D, H, W) with the class ids of given boxes at the end."""
+        parts = [self.image] if self.box_labels is None else [self.image, self.box_labels[None]]
+        return torch.from_numpy(np.concatenate(parts, dtype=np.float32))
 
 
 def prepare_case(case: Case, plan: Plan) -> Prepared:
     """Read, check, normalise and resample a case and its label maps.
 
-    Raises:
-        ValueError: `check_case` would list a problem, or the number of channels is not the plan's.
+    Raises: ValueError if `check_case` would list a problem, or the number of channels is not the plan's.
     """
     if len(case.images) != len(plan.task.channels):
         raise ValueError(f"{case.name}: found {len(case.images)} channels, expected {plan.task.channels}")
@@ -193,11 +163,10 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
     shape = tuple(n if new is None else max(1, round(n * old / new)) for n, old, new in axes)
     # Ours (as nnU-Net): cubic splines, but no mixing of thick slices, which may show different things.
     depth_order = 0 if geometry.spacing[0] > 3 * min(geometry.spacing) else 3
-    image = np.empty((len(channels), *shape), np.float32)
-    for index, (channel, intensity) in enumerate(zip(channels, plan.intensity or [None] * len(channels))):
-        image[index] = resample(normalise(channel, intensity), shape, 3, depth_order)
+    pairs = zip(channels, plan.intensity or [None] * len(channels))
+    image = np.stack([resample(normalise(*pair), shape, 3, depth_order) for pair in pairs], dtype=np.float32)
 
-    def on_the_grid(path: str | None) -> np.ndarray | None:
+    def on_the_grid(path: str | None) -> Array | None:
         if path is None:
             return None
         label, label_geometry = read_label(path, num_classes)
@@ -207,11 +176,10 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
     return Prepared(image, on_the_grid(case.label), geometry, on_the_grid(case.box_source))
 
 
-def resample(volume: np.ndarray, shape: Sequence[int], order: int, depth_order: int) -> np.ndarray:
+def resample(volume: Array, shape: Shape, order: int, depth_order: int) -> Array:
     """Resample (D, H, W) to another shape over the same extent, by splines of two orders."""
-    plane = (1, shape[1] / volume.shape[1], shape[2] / volume.shape[2])
-    depth = (shape[0] / volume.shape[0], 1, 1)
-    for zoom, spline in ((plane, order), (depth, depth_order)):
+    depth, *plane = np.divide(shape, volume.shape)
+    for zoom, spline in (((1, *plane), order), ((depth, 1, 1), depth_order)):
         if zoom != (1, 1, 1):  # grid_mode keeps the volume's outer faces in place
             volume = ndimage.zoom(volume, zoom, order=spline, mode="nearest", grid_mode=True)
     return volume
@@ -220,17 +188,11 @@ def resample(volume: np.ndarray, shape: Sequence[int], order: int, depth_order: 
 SLAB = 8  # Ours: number of slices for which the scores of all classes are in memory at once
 
 
-def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Sequence[int]) -> Iterator[Tensor]:
-    """Resample a semantic map to another grid, trilinearly and over the same extent as `resample`.
+def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Shape) -> Iterator[Tensor]:
+    """Resample a semantic map to `shape` (D', H', W'), trilinearly and over the same extent as `resample`.
 
-    Slices come and go in order, so neither grid is in memory as a whole for all classes.
-
-    Args:
-        slabs: (K, d, H, W) float each, together D = `depth` slices.
-        depth: D, number of slices that come.
-        shape: (D', H', W') to resample to.
-    Yields:
-        (K, n, H', W') float32, with n up to `SLAB`.
+    Slices come in order, as (K, d, H, W) with `depth` in all, and go as (K, n, H', W') float32 with n up to
+    `SLAB`, so neither grid is in memory as a whole for all classes.
     """
     slabs = iter(slabs)
     places = ((torch.arange(shape[0]) + 0.5) * (depth / shape[0]) - 0.5).clamp(0, depth - 1)  # (D')
@@ -247,7 +209,7 @@ def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Sequence[int]) -
         yield F.interpolate(scores, size=shape[1:], mode="bilinear", align_corners=False)
 
 
-def resample_label(label: np.ndarray, shape: Sequence[int], num_classes: int) -> np.ndarray:
+def resample_label(label: Array, shape: Shape, num_classes: int) -> Array:
     """Resample class ids (D, H, W) to another shape over the same extent.
 
     Ours: every class is resampled linearly and the largest wins. This keeps thin classes; "nearest" does not.
@@ -256,8 +218,7 @@ def resample_label(label: np.ndarray, shape: Sequence[int], num_classes: int) ->
         return label
     parts = (torch.from_numpy(label[start : start + SLAB]).long() for start in range(0, len(label), SLAB))
     slabs = (F.one_hot(part, num_classes).movedim(-1, 0) for part in parts)  # (K, d, H, W)
-    scores = resample_scores(slabs, len(label), shape)
-    return torch.cat([part.argmax(0).to(torch.uint8) for part in scores]).numpy()
+    return torch.cat([s.argmax(0).to(torch.uint8) for s in resample_scores(slabs, len(label), shape)]).numpy()
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -267,13 +228,11 @@ PARTS = ("image", "minimum", "foreground", "label")  # files of a case; with the
 
 
 def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan:
-    """Check all files, make the plan, and write every labelled case as memory-mapped arrays to `cache_dir`.
+    """Check all files, make the plan, and write the arrays of every labelled case that are not there yet.
 
-    Arrays that are there already are kept, so an interrupted run continues. If files have problems, nothing
-    is written, and a ValueError lists them all.
+    If files have problems, nothing is written, and a ValueError lists them all.
     """
-    folder, num_classes = Path(cache_dir), len(source.task.labels)
-    cases = [case for split in source.splits.values() for case in split]
+    folder, num_classes, cases = Path(cache_dir), len(source.task.labels), sum(source.splits.values(), ())
     paths = [path for case in cases for path in (*case.images, case.label, case.box_source) if path]
     plan_file = folder / f"plan-{file_key(dataclasses.asdict(source), paths)}.json"  # written after the check
     if plan_file.is_file():
@@ -285,7 +244,7 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
         write_text(plan_file, json.dumps(plan.as_dict(), indent=1))
 
     def write(case: Case) -> None:
-        stem, box_file = _stem(case, plan, folder), _box_file(case, plan, folder)
+        stem, box_file = _files(case, plan, folder)
         if not Path(f"{stem}.label.npy").is_file():
             made = prepare_case(dataclasses.replace(case, box_source=None), plan)
             arrays = (made.image, made.image.min((1, 2, 3)), _foreground_voxels(made.label), made.label)
@@ -296,62 +255,48 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
             box_labels = resample_label(read_label(case.box_source, num_classes)[0], shape, num_classes)
             write_whole(box_file, lambda file: np.save(file, box_labels))
 
-    def is_whole(case: Case) -> bool:
-        files = (f"{_stem(case, plan, folder)}.label.npy", _box_file(case, plan, folder))
-        return all(Path(file).is_file() for file in files if file)
-
-    todo = [case for case in cases if case.label is not None and not is_whole(case)]
-    for _ in parallel(write, todo, workers, "preparing"):
-        pass
+    list(parallel(write, [case for case in cases if case.label is not None], workers, "preparing"))
     return plan
 
 
 def load_cached(case: Case, plan: Plan, cache_dir: str | Path) -> Prepared:
     """Return a case that `prepare` has written, with memory-mapped arrays."""
-    arrays, box_file = _open_parts(_stem(case, plan, cache_dir)), _box_file(case, plan, cache_dir)
-    geometry = read_header(case.images[0])[1]
-    return Prepared(arrays["image"], arrays["label"], geometry, box_file and np.load(box_file, mmap_mode="r"))
+    stem, box_file = _files(case, plan, cache_dir)
+    parts, geometry = _open_parts(stem), read_header(case.images[0])[1]
+    return Prepared(parts["image"], parts["label"], geometry, box_file and np.load(box_file, mmap_mode="r"))
 
 
 def cached_shapes(cases: Sequence[Case], plan: Plan, cache_dir: str | Path) -> list[tuple[int, ...]]:
     """Return (D, H, W) of each prepared case."""
-    return [_open_parts(_stem(case, plan, cache_dir))["label"].shape for case in cases]
+    return [_open_parts(_files(case, plan, cache_dir)[0])["label"].shape for case in cases]
 
 
-def _open_parts(stem: str) -> dict[str, np.ndarray]:
+def _open_parts(stem: str) -> dict[str, Array]:
     if not Path(f"{stem}.label.npy").is_file():
         raise FileNotFoundError(f"{stem}.label.npy: found no such file; run `data.py prepare` first")
     large = ("image", "label")
     return {part: np.load(f"{stem}.{part}.npy", mmap_mode="r" if part in large else None) for part in PARTS}
 
 
-def _stem(case: Case, plan: Plan, cache_dir: str | Path) -> str:
-    """Return the beginning of the names of a case's cached files; it changes with the plan and its files."""
+def _files(case: Case, plan: Plan, cache_dir: str | Path) -> tuple[str, Path | None]:
+    """Return the beginning of the names of a case's cached files, and the file of its given boxes or None."""
     key = file_key(plan.as_dict(), filter(None, (*case.images, case.label)))
-    return str(Path(cache_dir) / f"{case.name}-{key}")
-
-
-def _box_file(case: Case, plan: Plan, cache_dir: str | Path) -> Path | None:
-    """Return the cached label map of the given boxes: the case's own label, or a further file."""
+    stem = str(Path(cache_dir) / f"{case.name}-{key}")
     if case.box_source is None:
-        return None
+        return stem, None
+    # The boxes are those of the case's own label, or of a further file.
     part = "label" if case.box_source == case.label else f"boxes-{file_key(None, [case.box_source])}"
-    return Path(f"{_stem(case, plan, cache_dir)}.{part}.npy")
+    return stem, Path(f"{stem}.{part}.npy")
 
 
 def file_key(settings, paths: Iterable[str | Path]) -> str:
-    """Return 16 characters that change if a file or a setting changes, to name the results made of them.
-
-    Args:
-        settings: any value that JSON can hold.
-        paths: files, known by path, size and time of the last change.
-    """
-    stats = [(os.path.abspath(path), os.stat(path)) for path in paths if os.path.exists(path)]
-    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    """Return 16 characters that change with a setting (of JSON's types), or a file's path, size or time."""
+    paths = filter(os.path.exists, paths)
+    files = [(os.path.abspath(path), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps([RECIPE, settings, files]).encode()).hexdigest()[:16]
 
 
-def _foreground_voxels(label: np.ndarray) -> np.ndarray:
+def _foreground_voxels(label: Array) -> Array:
     """Draw up to 1,000 voxels of each class (Ours) to centre patches on: (n, 4) class, d, h, w."""
     rng, voxels = np.random.default_rng(0), [np.zeros((0, 4), np.int32)]
     for class_id in np.unique(label[label > 0]):
@@ -376,36 +321,28 @@ GAMMA = (0.3, (0.7, 1.5))  # Ours: nnU-Net's power
 FLIP = 0.5  # Ours: nnU-Net's probability for each axis of `Task.flip_axes`
 
 
+@dataclasses.dataclass(eq=False)
 class PatchDataset(torch.utils.data.Dataset):
     """Random patches of cached cases. Item i depends on (seed, i) alone, not on workers or processes.
 
     Args:
-        cases: cases of a split.
-        plan, cache_dir: plan and folder of `prepare`.
-        patch_size: (D, H, W).
-        length: number of items.
-        seed: number from 0 that decides all that is random.
-        augment: whether patches are changed, or plain crops.
-    Raises:
-        FileNotFoundError: `prepare` has not written a case.
+        cases, plan, cache_dir: cases that `prepare` has written to this folder with this plan.
+        patch_size, length: (D, H, W), and the number of items.
+        seed, augment: number from 0 that decides all that is random; whether patches are changed.
     """
 
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        plan: Plan,
-        cache_dir: str | Path,
-        patch_size: Sequence[int],
-        length: int,
-        seed: int,
-        augment: bool = True,
-    ):
-        self.stems = [_stem(case, plan, cache_dir) for case in cases]
-        self.box_files = [_box_file(case, plan, cache_dir) for case in cases]
-        for stem in self.stems:
+    cases: Sequence[Case]
+    plan: Plan
+    cache_dir: str | Path
+    patch_size: Shape
+    length: int
+    seed: int
+    augment: bool = True
+
+    def __post_init__(self):
+        self.files = [_files(case, self.plan, self.cache_dir) for case in self.cases]
+        for stem, _ in self.files:
             _open_parts(stem)
-        self.flip_axes, self.patch_size = plan.task.flip_axes, tuple(patch_size)
-        self.length, self.seed, self.augment = length, seed, augment
 
     def __len__(self) -> int:
         return self.length
@@ -415,8 +352,8 @@ class PatchDataset(torch.utils.data.Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"patch {index} of {self.length}")  # this ends a `for` loop over the data set
         rng = np.random.default_rng((self.seed, index))
-        number = rng.integers(len(self.stems))
-        case = _open_parts(self.stems[number])
+        stem, box_file = self.files[rng.integers(len(self.files))]
+        case = _open_parts(stem)
         low = self._corner(case["label"].shape, case["foreground"], rng)
         angle, scale = 0.0, 1.0
         if self.augment:
@@ -424,16 +361,16 @@ class PatchDataset(torch.utils.data.Dataset):
             scale = np.exp(rng.uniform(*np.log(SCALING[1]))) if rng.random() < SCALING[0] else scale
         place = (case["minimum"], low, self.patch_size, angle, scale)
         image, label = cut(case["image"], case["label"], *place)
-        axes = [axis for axis in self.flip_axes if self.augment and rng.random() < FLIP]
+        axes = [axis for axis in self.plan.task.flip_axes if self.augment and rng.random() < FLIP]
         image, label = image.flip([axis + 1 for axis in axes]), label.flip(axes)
         if self.augment:
             image = change_intensities(image, rng)
-        if self.box_files[number]:  # this label map takes the same way as the true one
-            _, box_labels = cut(case["image"], np.load(self.box_files[number], mmap_mode="r"), *place)
-            image = with_box_labels(image, box_labels.flip(axes))
+        if box_file:  # this label map takes the same way as the true one
+            _, box_labels = cut(case["image"], np.load(box_file, mmap_mode="r"), *place)
+            image = torch.cat([image, box_labels.flip(axes)[None].to(image)])
         return image, label
 
-    def _corner(self, shape: Sequence[int], foreground: np.ndarray, rng: np.random.Generator) -> list[int]:
+    def _corner(self, shape: Shape, foreground: Array, rng: np.random.Generator) -> list[int]:
         """Return the patch's first voxel: inside the volume, or so that a smaller volume is centred."""
         spare = [n - p for n, p in zip(shape, self.patch_size)]
         if len(foreground) and rng.random() < FOREGROUND_SHARE:
@@ -446,13 +383,7 @@ class PatchDataset(torch.utils.data.Dataset):
 
 
 def cut(
-    image: np.ndarray,
-    label: np.ndarray,
-    minimum: np.ndarray,
-    low: Sequence[int],
-    size: Sequence[int],
-    angle: float = 0.0,
-    scale: float = 1.0,
+    image: Array, label: Array, minimum: Array, low: Shape, size: Shape, angle: float = 0, scale: float = 1
 ) -> tuple[Tensor, Tensor]:
     """Cut a patch that is rotated and scaled in plane about its centre, and read only the part that it shows.
 
@@ -461,8 +392,7 @@ def cut(
         minimum: (C), values outside the volume (Ours). The class id is 0 there.
         low, size: first voxel, which may be negative, and shape of the patch, both (D, H, W).
         angle, scale: rotation in radians; a scale above 1 shows more of the volume.
-    Returns:
-        Image (C, *size) float32 and class ids (*size) int64.
+    Returns: image (C, *size) float32 and class ids (*size) int64.
     """
     depth, height, width = size
     y = torch.arange(height)[:, None] - (height - 1) / 2
@@ -470,8 +400,7 @@ def cut(
     # (H, W) each: row and column of the volume, in voxels, for each pixel of the patch
     rows = low[1] + (height - 1) / 2 + scale * (np.cos(angle) * y - np.sin(angle) * x)
     columns = low[2] + (width - 1) / 2 + scale * (np.sin(angle) * y + np.cos(angle) * x)
-    window = [slice(max(low[0], 0), min(low[0] + depth, label.shape[0]))]
-    grid = []
+    window, grid = [slice(max(low[0], 0), min(low[0] + depth, label.shape[0]))], []
     for places, n in ((rows, label.shape[1]), (columns, label.shape[2])):
         first = min(max(int(places.min()) - 1, 0), n - 1)  # one more pixel on each side to interpolate
         stop = min(max(int(places.max()) + 3, first + 1), n)
@@ -485,8 +414,7 @@ def cut(
     def sample(stack: Tensor, mode: str) -> Tensor:  # all slices of all channels share one grid; 0 outside
         return F.grid_sample(stack.flatten(0, -3)[None], grid, mode, "zeros", align_corners=False)[0]
 
-    patch = floor.repeat(1, *size)
-    patch_label = torch.zeros(tuple(size), dtype=torch.int64)
+    patch, patch_label = floor.repeat(1, *size), torch.zeros(tuple(size), dtype=torch.int64)
     inside = slice(window[0].start - low[0], window[0].stop - low[0])  # slices of the patch that exist
     patch[:, inside] += sample(part - floor, "bilinear").unflatten(0, part.shape[:2])
     patch_label[inside] = sample(part_label, "nearest").long()
@@ -494,12 +422,7 @@ def cut(
 
 
 def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Apply noise, blur, brightness, contrast, low resolution and gamma, each with its probability.
-
-    Args:
-        image: (C, D, H, W), of about mean 0 and deviation 1. All channels change alike.
-        rng: source of what is random.
-    """
+    """Change an image (C, D, H, W), all channels alike, by each kind of augmentation with its probability."""
 
     def draw(kind: tuple[float, tuple[float, float]]) -> float | None:
         value = rng.uniform(*kind[1])  # always drawn, so a probability does not move the other kinds
@@ -528,25 +451,13 @@ def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
     return image
 
 
-# -------------------------------------------------------------------------------------- dataset mapping (2.2)
-
-
 def label_map_to_segments(labels: Tensor, num_classes: int) -> Segments:
-    """Map class ids to segments (paper 2.2): for each slice one binary mask, class and box per class present.
+    """Map class ids (S, H, W) to segments (paper 2.2): one mask, class and box per slice and class present.
 
-    Release and Ours: background is a class like the others, so that the semantic map needs no threshold.
-
-    Args:
-        labels: (S, H, W) int, ids from 0 to num_classes - 1.
-        num_classes: K, with background.
-    Returns:
-        Segments on the labels' device. A class that a slice lacks is marked absent.
+    Release and Ours: background is one of the K classes, so that the semantic map needs no threshold.
     """
     masks = labels[:, None] == torch.arange(num_classes, device=labels.device)[:, None, None]  # (S, K, H, W)
     return Segments(masks, masks_to_boxes(masks), masks.flatten(2).any(-1))
-
-
-# ----------------------------------------------------------------------------------------------- command line
 
 
 def print_info(source: DataSource, workers: int = 1) -> None:
@@ -557,45 +468,45 @@ def print_info(source: DataSource, workers: int = 1) -> None:
         image, geometry = read_image(case.images[0])
         values = (*geometry.shape, *geometry.spacing, *np.percentile(image, (0.5, 50, 99.5)))
         if case.label is None:
-            return values, None
+            return values, np.full((2, len(task.labels)), np.nan)
         counts = np.bincount(read_label(case.label, len(task.labels))[0].ravel(), minlength=len(task.labels))
         return values, np.stack([counts * np.prod(geometry.spacing) / 1000, counts / image.size])  # ml, share
 
-    cases = [case for split in source.splits.values() for case in split]
-    values, classes = zip(*parallel(read, cases, workers, "reading"))
+    values, classes = zip(*parallel(read, sum(source.splits.values(), ()), workers, "reading"))
     print(f"{source.name} in {source.root}, {task.modality}, channels {', '.join(task.channels)}")
-    print("cases: " + ", ".join(f"{name} {len(split)}" for name, split in source.splits.items()))
     print(f"\n{'over cases':32s}{'min':>12s}{'median':>12s}{'max':>12s}")
-    sizes = ("slices D", "rows H", "columns W", "spacing D, mm", "spacing H, mm", "spacing W, mm")
-    intensities = ("intensity, 0.5 percentile", "intensity, median", "intensity, 99.5 percentile")
-    for name, column in zip((*sizes, *intensities), np.array(values).T):
+    names = ("slices D", "rows H", "columns W", "spacing D, mm", "spacing H, mm", "spacing W, mm")
+    names += ("intensity, 0.5 percentile", "intensity, median", "intensity, 99.5 percentile")
+    for name, column in zip(names, np.array(values).T):
         print(f"{name:32s}{column.min():12.5g}{np.median(column):12.5g}{column.max():12.5g}")
     print(f"\n{'class':32s}{'cases':>12s}{'median ml':>12s}{'% voxels':>12s}")
-    known = [each for each in classes if each is not None] or [np.full((2, len(task.labels)), np.nan)]
-    for name, (volume, share) in list(zip(task.labels, np.stack(known, axis=-1).swapaxes(0, 1)))[1:]:
-        present = volume[volume > 0]
+    for name, volumes, shares in [*zip(task.labels, *np.stack(classes, axis=-1))][1:]:
+        present = volumes[volumes > 0]
         median = np.median(present) if len(present) else np.nan
-        print(f"{name:32s}{len(present):12d}{median:12.4g}{100 * share.mean():12.3g}")
+        print(f"{name:32s}{len(present):12d}{median:12.4g}{100 * np.nanmean(shares):12.3g}")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__, "data", "root", "fold", "cache", "workers", data="phantom")
+    parser.add_argument("action", choices=("check", "prepare", "info"))
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check, prepare or describe a data set. A problem ends with exit status 1."""
-    parser = make_parser(__doc__, "data", "root", "fold", "cache", "workers", data="phantom")
-    parser.add_argument("action", choices=("check", "prepare", "info"))
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     workers = args.workers or default_workers()
     try:
         source = find_data(args.data, args.root, args.fold)
         if args.action == "prepare":
-            plan = prepare(source, Path(args.cache) / source.name, workers)
-            print(json.dumps(plan.as_dict(), indent=1))
+            print(json.dumps(prepare(source, Path(args.cache) / source.name, workers).as_dict(), indent=1))
             return
         check_source(source, workers)
+        counts = ", ".join(f"{name} {len(cases)}" for name, cases in source.splits.items())
+        print(f"{source.root}: no problems in {sum(map(len, source.splits.values()))} cases ({counts})")
         if args.action == "info":
             print_info(source, workers)
-        else:
-            counts = ", ".join(f"{name} {len(cases)}" for name, cases in source.splits.items())
-            print(f"{source.root}: no problems in {sum(map(len, source.splits.values()))} cases ({counts})")
     except (ValueError, OSError) as error:
         raise SystemExit(f"data.py: {error}") from error
 

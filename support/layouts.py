@@ -4,13 +4,13 @@
     a folder of new images ── find_images ──> cases without labels
     a folder of another program's label maps ── find_predictions, with_box_source ──> one file per case
 
-Only names of files are read here; support/nifti.py reads their content. A folder with a dataset.json needs
-no code. A new preset needs an entry in PRESETS and a `_find_` function in FINDERS.
+A folder with a dataset.json needs no code. A new preset needs an entry in PRESETS and one in FINDERS.
 """
 
 import dataclasses
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +35,7 @@ class Case:
     """One volume and its files.
 
     Args:
-        name: name of the case, unique in its data set.
-        images: one file per channel.
+        name, images: name of the case, unique in its data set; one file per channel.
         label: file of the true label map; None if it is hidden.
         aliases: other names for its prediction; the first is the name that its challenge asks for.
         box_source: file of the label map whose boxes the network is given; None if it makes its own.
@@ -51,13 +50,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """A data set on disk.
-
-    Args:
-        name, root: name of the preset or the folder, and the folder with the files.
-        task: labels, channels, modality and flips.
-        splits: cases of "train", "val", "test" (labelled, never trained on) and "testing" (labels hidden).
-    """
+    """A data set on disk: cases of "train", "val", "test" (never trained on), "testing" (labels hidden)."""
 
     name: str
     root: str
@@ -72,17 +65,15 @@ def find_data(data: str, root: str | None = None, fold: int | None = None) -> Da
         data: name of a preset, or a folder with a `dataset.json`.
         root: folder with the files of a preset (default: data/<preset>). A missing phantom is written there.
         fold: fold of five of all cases outside "test" (default: the published split, else fold 0).
-    Raises:
-        FileNotFoundError: there are no data; the message says where to get them and the expected folders.
-        ValueError: dataset.json or splits_final.json cannot be used, or there is no such fold.
+    Raises: FileNotFoundError without data, ValueError for unusable files or folds; both say what is expected.
     """
     if data not in PRESETS:
         return _find_folder(Path(data), fold or 0)
     preset, path = PRESETS[data], Path(root or Path("data") / data)
     if data == "phantom" and not path.exists():
         write_phantom(path)
-    splits = FINDERS[data](path) if path.is_dir() else {}
-    splits = {name: tuple(cases) for name, cases in splits.items() if cases}
+    cases = FINDERS[data](path) if path.is_dir() else {}
+    splits = {split: tuple(cases[split]) for split in ("train", "val", "test", "testing") if cases.get(split)}
     if not splits:
         found = "no cases" if path.is_dir() else "no such folder"
         way_out = f"Get {data} from {preset.home} and name its folder by --root."
@@ -95,17 +86,14 @@ def find_data(data: str, root: str | None = None, fold: int | None = None) -> Da
 
 def split_cases(cases: Sequence[Case], fold: int) -> dict[str, tuple[Case, ...]]:
     """Shuffle the patients and hold one of five parts out as "val". Frames of a patient stay together."""
-    patient = [case.name.split("_frame")[0] for case in cases]
-    patients = list(dict.fromkeys(patient))
+    patient = {case: case.name.split("_frame")[0] for case in cases}
+    patients = list(dict.fromkeys(patient.values()))
     parts = np.array_split(np.random.default_rng(SPLIT_SEED).permutation(len(patients)), NUM_FOLDS)
     if not 0 <= fold < NUM_FOLDS or (fold and not len(parts[fold])):
         raise ValueError(f"--fold {fold}: expected 0 to {min(NUM_FOLDS, len(patients)) - 1}")
     held_out = {patients[i] for i in parts[fold]}
-    train = tuple(case for case, name in zip(cases, patient) if name not in held_out)
-    return {"train": train, "val": tuple(case for case, name in zip(cases, patient) if name in held_out)}
-
-
-# ---------------------------------------------------------------------------------------------------- presets
+    val = tuple(case for case in cases if patient[case] in held_out)
+    return {"train": tuple(case for case in cases if case not in val), "val": val}
 
 
 def _find_phantom(root: Path) -> dict[str, list[Case]]:
@@ -122,8 +110,7 @@ def _patients(root: Path, folder: str) -> list[Path]:
 
 def _find_cardiac(root: Path, val: set[int], test: set[int]) -> dict[str, list[Case]]:
     """Find both frames of each patient. Only Info.cfg says which they are: patient 90 has 04 and 11."""
-    splits: dict[str, list[Case]] = {"train": [], "val": [], "test": [], "testing": []}
-    problems = []
+    splits, problems = defaultdict(list), []
     for patient in _patients(root, "training") + _patients(root, "testing"):
         number, file, testing = int(patient.name[7:]), patient / "Info.cfg", patient.parent.name == "testing"
         text = file.read_text() if file.is_file() else "no such file"
@@ -145,16 +132,15 @@ def _find_cardiac(root: Path, val: set[int], test: set[int]) -> dict[str, list[C
 def _find_synapse(root: Path) -> dict[str, list[Case]]:
     levels = ("Abdomen/RawData/Training", "RawData/Training", "Training", ".")
     training = next(root / level for level in levels if (root / level).is_dir())
-    splits: dict[str, list[Case]] = {"train": [], "val": [], "test": [], "testing": []}
+    splits = defaultdict(list)
     for folder in (training, training.parent / "Testing"):
         for image in sorted((folder / "img").glob("img[0-9]*.nii*")):
             number, testing = int(re.search(r"\d+", image.name)[0]), folder.name == "Testing"
             label = folder / "label" / image.name.replace("img", "label")
-            hidden = testing and not label.exists()
+            file = None if testing and not label.exists() else str(label)
             split = "test" if number in SYNAPSE_TEST else "val" if number in SYNAPSE_VAL else "train"
             name, *aliases = (f"{word}{number:04d}" for word in ("case", "label", "img"))
-            case = Case(name, (str(image),), None if hidden else str(label), tuple(aliases))
-            splits["testing" if testing else split].append(case)
+            splits["testing" if testing else split].append(Case(name, (str(image),), file, tuple(aliases)))
     return splits
 
 
@@ -162,14 +148,12 @@ def _find_amos(root: Path) -> dict[str, list[Case]]:
     base = root / "amos22" if (root / "amos22").is_dir() else root
 
     def ct(part: str) -> list[Case]:
-        files = sorted((base / f"images{part}").glob("amos_[0-9][0-9][0-9][0-9].nii.gz"))
-        labels = base / f"labels{part}"
-        known = part != "Ts" or labels.is_dir()
-        return [
-            Case(file.name[:9], (str(file),), str(labels / file.name) if known else None)
-            for file in files
-            if int(file.name[5:9]) <= 500  # higher numbers are MR
-        ]
+        labels, cases = base / f"labels{part}", []
+        for file in sorted((base / f"images{part}").glob("amos_[0-9][0-9][0-9][0-9].nii.gz")):
+            if int(file.name[5:9]) <= 500:  # higher numbers are MR
+                known = part != "Ts" or labels.is_dir()
+                cases.append(Case(file.name[:9], (str(file),), str(labels / file.name) if known else None))
+        return cases
 
     return {"train": ct("Tr"), "test": ct("Va"), "testing": ct("Ts")}
 
@@ -181,8 +165,6 @@ FINDERS = {
     "amos": _find_amos,
 }
 
-# ---------------------------------------------------------------------------------------------------- folders
-
 
 def _find_folder(root: Path, fold: int) -> DataSource:
     """Find the cases of a folder in Decathlon's or nnU-Net's raw layout."""
@@ -190,8 +172,7 @@ def _find_folder(root: Path, fold: int) -> DataSource:
     cases = _folder_cases(root, len(task.channels), ending)
     if len(cases) < 2:
         raise FileNotFoundError(f"{root}: found {len(cases)} cases, expected two in imagesTr and labelsTr")
-    splits = _folder_splits(root / "splits_final.json", cases, fold)
-    return DataSource(root.resolve().name, str(root), task, splits)
+    return DataSource(root.resolve().name, str(root), task, _folder_splits(root, cases, fold))
 
 
 def _read_dataset_json(root: Path) -> tuple[Task, str]:
@@ -206,18 +187,14 @@ def _read_dataset_json(root: Path) -> tuple[Task, str]:
         )
     try:
         content = json.loads(file.read_text())
-        table = content["labels"]
-        names = {i: name for name, i in table.items()}  # nnU-Net: name -> id
-        if "0" in table:
-            names = {int(i): name for i, name in table.items()}  # Decathlon: id -> name
+        pairs = content["labels"].items()  # Decathlon: id -> name; nnU-Net: name -> id
+        names = {int(i): name for i, name in pairs} if "0" in content["labels"] else {i: n for n, i in pairs}
         labels = tuple(names[i] for i in range(len(names)))
         table = content.get("channel_names") or content["modality"]
         channels = tuple(table[str(i)] for i in range(len(table)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: found {type(error).__name__} {error}, expected labels 0, 1, 2, ... with their names, "
-            "and modality or channel_names"
-        ) from error
+        expected = "labels 0, 1, 2, ... with their names, and modality or channel_names"
+        raise ValueError(f"{file}: found {type(error).__name__} {error}, expected {expected}") from error
     modality = "CT" if "ct" in channels[0].lower().split() else "MR"  # Ours: the first channel decides
     # Ours: left and right are exchanged, since patients are nearly symmetric, unless a class has a side.
     sided = any(word in label.lower() for label in labels for word in ("left", "right"))
@@ -231,7 +208,7 @@ def _folder_cases(root: Path, num_channels: int, ending: str) -> list[Case]:
         name = label.name.removesuffix(ending)
         images = [root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(num_channels)]
         if num_channels == 1 and not images[0].exists():  # Decathlon does not number the channel
-            images = [root / "imagesTr" / f"{name}{ending}"]
+            images = [root / "imagesTr" / label.name]
         cases.append(Case(name, tuple(map(str, images)), str(label)))
         claimed.update(images)
     for image in sorted(set((root / "imagesTr").glob(f"[!.]*{ending}")) - claimed):
@@ -240,21 +217,19 @@ def _folder_cases(root: Path, num_channels: int, ending: str) -> list[Case]:
     return cases
 
 
-def _folder_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[Case, ...]]:
+def _folder_splits(root: Path, cases: list[Case], fold: int) -> dict[str, tuple[Case, ...]]:
     """Take a fold of nnU-Net's splits_final.json, or without such a file one of our five."""
+    file, by_name = root / "splits_final.json", {case.name: case for case in cases}
     if not file.is_file():
         return split_cases(cases, fold)
-    by_name = {case.name: case for case in cases}
     try:
         folds = json.loads(file.read_text())
         if not 0 <= fold < len(folds):
             raise ValueError(f"{file}: found {len(folds)} folds, expected more for --fold {fold}")
         splits = {split: tuple(by_name[name] for name in folds[fold][split]) for split in ("train", "val")}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file}: found {type(error).__name__} {error}, expected a list of folds with the keys train and "
-            f"val and names such as {cases[0].name}"
-        ) from error
+        expected = f"a list of folds with the keys train and val and names such as {cases[0].name}"
+        raise ValueError(f"{file}: found {type(error).__name__} {error}, expected {expected}") from error
     if not splits["train"] or not splits["val"]:
         raise ValueError(f"{file}: found an empty train or val in fold {fold}, expected a case in each")
     return splits
@@ -263,12 +238,7 @@ def _folder_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[
 def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
     """Find the images of a folder, as cases without labels.
 
-    Args:
-        folder: folder with CASE_0000.nii.gz, CASE_0001.nii.gz, ..., or for one channel also CASE.nii.gz.
-        num_channels: number of files that each case must have.
-    Raises:
-        FileNotFoundError: there is no NIfTI file, or a channel is missing.
-        ValueError: two files are the same channel of a case.
+    Each case has a file per channel: CASE_0000.nii.gz, CASE_0001.nii.gz, ..., or for one also CASE.nii.gz.
     """
     files = sorted(file for file in Path(folder).glob("[!.]*") if file.name.endswith(ENDINGS))
     if not files:
@@ -276,8 +246,7 @@ def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
     images: dict[str, dict[int, str]] = {}
     for file in files:
         name, channel = file.name.removesuffix(".gz").removesuffix(".nii"), 0
-        numbered = re.fullmatch(r"(.+)_(\d{4})", name)
-        if numbered and int(numbered[2]) < num_channels:
+        if (numbered := re.fullmatch(r"(.+)_(\d{4})", name)) and int(numbered[2]) < num_channels:
             name, channel = numbered[1], int(numbered[2])
         other = images.setdefault(name, {}).setdefault(channel, str(file))
         if other != str(file):
@@ -289,18 +258,11 @@ def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
     return tuple(Case(name, tuple(own[c] for c in range(num_channels)), None) for name, own in images.items())
 
 
-# ------------------------------------------------------------------------------- another program's label maps
-
-
 def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = False) -> list[Path]:
     """Find the label map of each case in another program's folder.
 
-    Args:
-        cases: cases whose label maps are wanted.
-        folder: folder with one file per case, under its name or an alias (patient001_ED, label0001).
-        spare: whether the folder may hold files of other cases.
-    Raises:
-        FileNotFoundError: there is no folder, or some cases have no file or two, or some files no case.
+    Each case needs one file under its name or an alias (patient001_ED, label0001). Files of no case are
+    allowed only if `spare`. A FileNotFoundError lists all problems.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: found no such folder, expected label maps of {len(cases)} cases")
@@ -321,14 +283,7 @@ def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = Fa
 
 
 def with_box_source(cases: Sequence[Case], where: str) -> tuple[Case, ...]:
-    """Return the cases with the label maps whose boxes the network is given.
-
-    Args:
-        cases: cases to train on or to predict.
-        where: "auto" for none, "gt" for the true labels, or a folder with another program's label maps.
-    Raises:
-        FileNotFoundError, ValueError: a case has no such label map.
-    """
+    """Set the maps whose boxes are given: "auto" none, "gt" the true ones, or another program's folder."""
     if where == "auto":
         return tuple(cases)
     files = [case.label for case in cases] if where == "gt" else find_predictions(cases, where, True)

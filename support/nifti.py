@@ -27,8 +27,7 @@ class Geometry:
 
     Args:
         affine: (4, 4), from the file's voxels (x, y, z) to mm.
-        shape: (D, H, W) of the array, that is after turning it to RAS.
-        spacing: (D, H, W) in mm.
+        shape, spacing: (D, H, W) of the array, that is after turning it to RAS; spacing in mm.
     """
 
     affine: np.ndarray
@@ -70,11 +69,7 @@ def _problem(path: str | Path, found: str, expected: str) -> ValueError:
 
 
 def read_header(path: str) -> tuple[nib.Nifti1Image, Geometry]:
-    """Open a NIfTI file and check its header. Its voxels are not read.
-
-    Raises:
-        ValueError: there is no readable file, it is not three-dimensional, or its affine is impossible.
-    """
+    """Open a NIfTI file and check its header, but read no voxels; raise a ValueError if it is unusable."""
     if not Path(path).is_file():
         raise _problem(path, "no such file", "a NIfTI volume")
     try:
@@ -95,13 +90,7 @@ def read_header(path: str) -> tuple[nib.Nifti1Image, Geometry]:
 
 
 def read_volume(path: str) -> tuple[np.ndarray, Geometry]:
-    """Read a volume.
-
-    Returns:
-        Array (D, H, W), of the type that the scaling in the file gives, and its geometry.
-    Raises:
-        ValueError: as `read_header`, or the file is truncated.
-    """
+    """Read an array (D, H, W), of the type that the file's scaling gives, with its geometry."""
     image, geometry = read_header(path)
     try:
         array = np.asanyarray(image.dataobj)
@@ -115,8 +104,7 @@ def read_image(path: str) -> tuple[np.ndarray, Geometry]:
     array, geometry = read_volume(path)
     with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, which is found below
         array = array.astype(np.float32)
-    wrong = array.size - np.count_nonzero(np.isfinite(array))
-    if wrong:
+    if wrong := array.size - np.count_nonzero(np.isfinite(array)):
         raise _problem(path, f"{wrong} voxels of NaN or infinity", "finite numbers")
     return array, geometry
 
@@ -152,13 +140,7 @@ def check_same_place(path: str, geometry: Geometry, reference_path: str, referen
 
 
 def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] = ()) -> list[str]:
-    """Read all files of a case, and return one line for each problem.
-
-    Args:
-        case: case whose channels and label maps are read and compared.
-        num_classes: K, one more than the largest label id.
-        predictions: more label maps, which must lie where the case lies.
-    """
+    """Read all files of a case and more label maps, which must lie there too; return a line per problem."""
     problems, places = [], []
 
     def attempt(check: Callable, *arguments):
@@ -171,8 +153,7 @@ def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] =
     reads = [(read_image, path) for path in case.images]
     reads += [(read_label, str(path), num_classes) for path in (*labels, *predictions)]
     for read, path, *arguments in reads:
-        content = attempt(read, path, *arguments)
-        if content is not None:
+        if content := attempt(read, path, *arguments):
             places.append((path, content[1]))
     for path, geometry in places[1:]:
         attempt(check_same_place, path, geometry, *places[0])
@@ -183,15 +164,9 @@ def check_case(case: Case, num_classes: int, predictions: Sequence[str | Path] =
 
 
 def write_label_map(path: str | Path, label: np.ndarray, geometry: Geometry, description: str = "") -> None:
-    """Write a label map with the axes and the affine of the image that it belongs to.
+    """Write class ids (D, H, W) with the axes and the affine of the image that they belong to.
 
-    Args:
-        path: file to write, .nii or .nii.gz.
-        label: (D, H, W) class ids.
-        geometry: of the image.
-        description: up to 79 characters for the header; `read_description` gives them back.
-    Raises:
-        ValueError: the label map has another shape than the image.
+    The description, of up to 79 characters, stands in the header; `read_description` gives it back.
     """
     path = Path(path)
     if label.shape != geometry.shape:

@@ -5,7 +5,7 @@
 Each patient has a left ventricle (3) with papillary muscles, its muscular ring (2) and a right ventricle (1),
 at end-diastole and end-systole. Position, size, shape and spacing are random. Chest wall, lungs, liver and
 vessels have the same intensities, so thresholds on the intensity fail (Dice 0.30, see tests/test_phantom.py).
-Ours: all shapes and numbers below. Usage:
+Ours: all shapes and numbers below.
 
     python -m support.phantom [DIR]     write the set to DIR (default: data/phantom)
 """
@@ -21,29 +21,20 @@ from scipy import ndimage
 
 from support.files import make_parser
 
+Array = np.ndarray
 # Ours: mean intensities of tissues, in 12 bits. Blood is nearly fat, and muscle is nearly liver.
 BLOOD, MUSCLE, FAT, LIVER, LUNG, SOFT, AIR = 2400.0, 1000.0, 2700.0, 1150.0, 350.0, 1500.0, 60.0
 
 
 def write_phantom(root: str | Path, num_patients: int = 34, seed: int = 0) -> None:
-    """Write the data set. The folder appears only when it is complete.
-
-    Args:
-        root: folder to make; an empty one may be there.
-        num_patients: number of patients, each with two frames.
-        seed: number that decides all that is random. Patient i of a seed is the same in sets of every size.
-    Raises:
-        FileExistsError: there are files in `root`.
-    """
+    """Write the data set to a new or empty folder, whole or not at all. Patient i depends on (seed, i)."""
     root = Path(root)
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root}: found files, expected a new or an empty folder for the phantom")
     partial = root.with_name(f"{root.name}.{os.getpid()}.partial")
     try:
         for number in range(1, num_patients + 1):
-            _write_patient(
-                partial / "training" / f"patient{number:03d}", np.random.default_rng((seed, number))
-            )
+            _write_patient(partial / f"training/patient{number:03d}", np.random.default_rng((seed, number)))
         try:
             os.replace(partial, root)  # an empty folder is replaced
         except OSError:
@@ -68,28 +59,19 @@ def _write_patient(folder: Path, rng: np.random.Generator) -> None:
             nib.save(nifti, folder / f"{folder.name}_{name}.nii.gz")
 
 
-def draw_anatomy(rng: np.random.Generator, shape: tuple[int, int, int], spacing: np.ndarray) -> dict:
-    """Draw the parameters that both frames of a patient share: lengths in mm, angles in radians.
-
-    Args:
-        rng: the patient's source of random numbers.
-        shape, spacing: (D, H, W) in voxels and in mm.
-    """
+def draw_anatomy(rng: np.random.Generator, shape: Sequence[int], spacing: Array) -> dict:
+    """Draw the parameters that both frames of a patient share: lengths in mm, angles in radians."""
     length = shape[0] * spacing[0]
     return {
         "centre": rng.uniform(-15, 15, 2),
         "tilt": rng.uniform(-0.12, 0.12, 2),  # drift of the long axis, mm per mm of depth
-        "base": -0.5 * length + rng.uniform(0.0, 0.2) * length,
-        "apex": 0.5 * length - rng.uniform(0.0, 0.15) * length,
+        "ends": (rng.uniform(0, 0.2) * length - 0.5 * length, 0.5 * length - rng.uniform(0, 0.15) * length),
         "radius": rng.uniform(20, 27),
         "wall": rng.uniform(7, 10),
         "septum": rng.uniform(0, 2 * np.pi),  # direction from the left to the right ventricle
         "squeeze": rng.uniform(0.88, 1.0),
-        "lobes": rng.uniform(0, 0.05, 3),
-        "phases": rng.uniform(0, 2 * np.pi, 3),
-        "rv_reach": rng.uniform(1.25, 1.6),
-        "rv_width": rng.uniform(1.0, 1.25),
-        "rv_end": rng.uniform(0.7, 0.9),
+        "lobes": [*zip(rng.uniform(0, 0.05, 3), rng.uniform(0, 2 * np.pi, 3))],
+        "right": (rng.uniform(1.25, 1.6), rng.uniform(1.0, 1.25), rng.uniform(0.7, 0.9)),  # reach, width, end
         "papillary": rng.uniform(0, 2 * np.pi) + np.array([0.0, rng.uniform(1.5, 2.5)]),
         "body": rng.uniform(0.9, 1.1, 2),
         "vessels": [(rng.uniform(0, 2 * np.pi), rng.uniform(1.9, 2.8), rng.uniform(6, 14)) for _ in range(5)],
@@ -98,25 +80,25 @@ def draw_anatomy(rng: np.random.Generator, shape: tuple[int, int, int], spacing:
 
 
 def draw_frame(
-    anatomy: dict, contraction: float, shape: Sequence[int], spacing: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one frame of a patient.
+    anatomy: dict, contraction: float, shape: Sequence[int], spacing: Array, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Draw a patient's frame: image (D, H, W) float in [0, 4095] and class ids (D, H, W) uint8.
 
-    Args:
-        anatomy: parameters of `draw_anatomy`.
-        contraction: 0 at end-diastole, 1 at a strong end-systole.
-        shape, spacing: (D, H, W) in voxels and in mm.
-        rng: source of the random numbers.
-    Returns:
-        Image (D, H, W) float in [0, 4095] and class ids (D, H, W) uint8.
+    The contraction is 0 at end-diastole and 1 at a strong end-systole.
     """
     a, gain = anatomy, anatomy["gain"]
     places = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing))
     z, y, x = np.meshgrid(*places, indexing="ij", sparse=True)  # in mm from the volume's centre
     dy, dx = y - a["centre"][0] - a["tilt"][0] * z, x - a["centre"][1] - a["tilt"][1] * z
-    along = (z - a["base"]) / (a["apex"] - a["base"])  # from 0 at the base to 1 at the apex
+    base, apex = a["ends"]
+    along = (z - base) / (apex - base)  # from 0 at the base to 1 at the apex
     label, distance, pool, outer = _draw_heart(a, contraction, along, dy, dx)
-    image = _draw_chest(a, y, x, shape, spacing)
+    half_height, half_width = a["body"] * (0.46 * shape[1] * spacing[1], 0.47 * shape[2] * spacing[2])
+    body = np.hypot(y / half_height, x / half_width)
+    image = np.where(body < 1, np.where(body < 0.93, SOFT, FAT), AIR) * np.ones(shape)
+    for side in (-1, 1):
+        image[:, np.hypot((x - side * 52) / 24, (y + 8) / 42)[0] < 1] = LUNG * gain[0]
+    image[:, np.hypot((x + 28) / 40, (y - 58) / 26)[0] < 1] = LIVER * gain[1]
     for turn, far, size in a["vessels"]:  # more blood: aorta, veins, atrium
         place = np.hypot(dx - far * a["radius"] * np.cos(turn), dy - far * a["radius"] * np.sin(turn))
         image[place < size] = BLOOD * gain[2]
@@ -132,53 +114,32 @@ def draw_frame(
     bias = ndimage.zoom(knots, np.divide(shape, knots.shape), order=1, grid_mode=True, mode="nearest")
     texture = ndimage.gaussian_filter(rng.standard_normal(shape), (0, 1.2, 1.2)) * 350
     noise = rng.normal(0, 110, (2, *shape))
-    image = np.hypot(image * bias + texture + noise[0], noise[1])  # Rician noise, as in magnitude images
-    return np.clip(image, 0, 4095), label
+    return np.hypot(image * bias + texture + noise[0], noise[1]).clip(0, 4095), label  # Rician noise
 
 
-def _draw_heart(
-    a: dict, contraction: float, along: np.ndarray, dy: np.ndarray, dx: np.ndarray
-) -> tuple[np.ndarray, ...]:
+def _draw_heart(a: dict, contraction: float, along: Array, dy: Array, dx: Array) -> tuple[Array, ...]:
     """Return class ids (D, H, W), distances from the long axis, and the radii of pool and ring, in mm."""
     inside = (along >= 0) & (along < 1)
     taper = np.sqrt(np.clip(1 - (0.93 * along.clip(0)) ** 2.5, 0, None))
-    angle, turn = np.arctan2(dy, dx), a["septum"]
-    u, v = (
-        dx * np.cos(turn) + dy * np.sin(turn),
-        dy * np.cos(turn) - dx * np.sin(turn),
-    )  # u: towards the septum
-    wobble = 1 + sum(k * np.cos((i + 2) * angle + p) for i, (k, p) in enumerate(zip(a["lobes"], a["phases"])))
+    angle, turn, (rv_reach, rv_width, rv_end) = np.arctan2(dy, dx), a["septum"], a["right"]
+    u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)  # u: to the septum
+    wobble = 1 + sum(k * np.cos((i + 2) * angle + p) for i, (k, p) in enumerate(a["lobes"]))
     distance = np.hypot(u / a["squeeze"], v) / wobble
     pool = a["radius"] * taper * (1 - 0.38 * contraction)
     outer = pool + a["wall"] * (0.75 + 0.25 * taper) * (1 + 0.45 * contraction)
-    reach = outer + a["radius"] * (a["rv_reach"] - 0.85) * (1 - 0.35 * contraction)
-    crescent = np.hypot((u - 0.55 * reach) / (0.62 * reach), v / (a["rv_width"] * outer)) < 1
+    reach = outer + a["radius"] * (rv_reach - 0.85) * (1 - 0.35 * contraction)
+    crescent = np.hypot((u - 0.55 * reach) / (0.62 * reach), v / (rv_width * outer)) < 1
     label = np.zeros(distance.shape, np.uint8)
-    label[crescent & inside & (along < a["rv_end"]) & (distance >= outer)] = 1
+    label[crescent & inside & (along < rv_end) & (distance >= outer)] = 1
     label[(distance < outer) & inside] = 2
     label[(distance < pool) & inside & (along < 0.92)] = 3
     return label, distance, pool, outer
 
 
-def _draw_chest(
-    a: dict, y: np.ndarray, x: np.ndarray, shape: Sequence[int], spacing: np.ndarray
-) -> np.ndarray:
-    """Return an image (D, H, W) of the chest wall, the lungs and the liver."""
-    half_height, half_width = a["body"] * (0.46 * shape[1] * spacing[1], 0.47 * shape[2] * spacing[2])
-    body = np.hypot(y / half_height, x / half_width)
-    image = np.where(body < 1, np.where(body < 0.93, SOFT, FAT), AIR) * np.ones(shape)
-    for side in (-1, 1):
-        image[:, np.hypot((x - side * 52) / 24, (y + 8) / 42)[0] < 1] = LUNG * a["gain"][0]
-    image[:, np.hypot((x + 28) / 40, (y - 58) / 26)[0] < 1] = LIVER * a["gain"][1]
-    return image
-
-
 def main(argv: list[str] | None = None) -> None:
     """Write the default set to the given folder."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "folder", nargs="?", default="data/phantom", help="folder to make (default: %(default)s)"
-    )
+    parser.add_argument("folder", nargs="?", default="data/phantom", help="folder to make")
     try:
         write_phantom(parser.parse_args(argv).folder)
     except OSError as error:

@@ -18,8 +18,7 @@ class Task:
     """The meaning of the files of a data set. It is stated once, and every checkpoint carries it.
 
     Args:
-        labels: names of the classes; the index is the id, and 0 is the background.
-        channels: names of the input channels, one file each.
+        labels, channels: names of the classes, where 0 is the background; of the channels, one file each.
         modality: "CT" or "MR"; it decides how intensities are normalised (data.py).
         flip_axes: axes of (D, H, W) along which a flipped patch keeps its labels. Ours: the paper has none.
         scored: class ids in the order of the paper's table; all classes if it is empty.
@@ -40,11 +39,8 @@ class Preset:
     takes vit_h for Synapse and AMOS) and AdamW for all (the release takes SGD for ACDC and Synapse).
 
     Args:
-        task: labels, channels, modality and flips.
-        patch_size: (D, H, W) in voxels.
-        encoder_size: (height, width) in pixels, to which the image encoder resamples each slice.
-        num_queries: N, the number of masks per slice.
-        sam: backbone, a key of `support.sam.BACKBONES`.
+        patch_size, encoder_size: (D, H, W) in voxels; (height, width) to which each slice is resampled.
+        num_queries, sam: N, the number of masks per slice; backbone, a key of `support.sam.BACKBONES`.
         epochs, iterations, batch_size: number of epochs, of steps in each, of patches per step and process.
         lr, weight_decay, adam_eps, clip: settings of AdamW, and the largest norm of the gradient.
         mask_weight: weight of the two losses on the final masks.
@@ -73,31 +69,26 @@ HEART = Task(("background", "RV", "Myo", "LV"), ("MR",), "MR", flip_axes=(1, 2))
 HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,_gt}.nii.gz,...}"
 # fmt: off
 PRESETS = {
-    # Ours: sizes and schedule that take minutes on two cores.
-    "phantom": Preset(
+    "phantom": Preset(  # Ours: sizes and schedule that take minutes on two cores
         HEART, (4, 80, 80), (240, 240), 8, sam="tiny", epochs=8, batch_size=1,
-        home="support/phantom.py, which writes it", tree=HEART_TREE,
-    ),
+        home="support/phantom.py, which writes it", tree=HEART_TREE),
     "acdc": Preset(  # Release: all numbers
         HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,
-        home="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html", tree=HEART_TREE,
-    ),
+        home="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html", tree=HEART_TREE),
     "synapse": Preset(  # Release: all numbers
         Task(("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
               "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
               "right adrenal", "left adrenal"), ("CT",), "CT", (), scored=(8, 4, 3, 2, 6, 11, 1, 7)),
         (26, 256, 256), (256, 256), 24,
         home="https://www.synapse.org/#!Synapse:syn3193805 (RawData.zip)",
-        tree="ROOT/[Abdomen/RawData/]Training/{img/img0001.nii.gz,label/label0001.nii.gz}, Testing/img",
-    ),
+        tree="ROOT/[Abdomen/RawData/]Training/{img/img0001.nii.gz,label/label0001.nii.gz}, Testing/img"),
     "amos": Preset(  # Release: all numbers
         Task(("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver",
               "stomach", "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland",
               "duodenum", "bladder", "prostate/uterus"), ("CT",), "CT", ()),
         (9, 512, 512), (512, 512), 24, adam_eps=1e-4, mask_weight=1.2,
         home="https://zenodo.org/records/7155725 (amos22.zip)",
-        tree="ROOT/[amos22/]{imagesTr,labelsTr,imagesVa,labelsVa,imagesTs}/amos_0001.nii.gz",
-    ),
+        tree="ROOT/[amos22/]{imagesTr,labelsTr,imagesVa,labelsVa,imagesTs}/amos_0001.nii.gz"),
 }
 # fmt: on
 
@@ -109,7 +100,6 @@ def recipe(preset: Preset, sam: str) -> Preset:
     """Return a preset with sizes and schedule for a light image encoder; keep it for other backbones.
 
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take an hour or two on two cores.
-    A larger patch is upsampled less, so that the encoder's input stays small. Comparisons: docs/results.md.
     """
     if sam not in LIGHT_SCALES or sam == preset.sam:
         return preset
@@ -123,15 +113,11 @@ def recipe(preset: Preset, sam: str) -> Preset:
 
 
 def folder_preset(task: Task, shapes: Sequence[Sequence[int]]) -> Preset:
-    """Return the preset of a folder about which nothing is known but its cases.
+    """Return the preset of a folder of which only the task and the shapes (D, H, W) of its cases are known.
 
     Ours: the patch is the median case, in multiples of 4 up to 256 x 256, and at most 8 slices deep. The
     encoder's input is four times as large, so that SAM's masks have the patch's resolution. There are half as
     many queries again as classes, in eights.
-
-    Args:
-        task: labels, channels, modality and flips.
-        shapes: (D, H, W) of each prepared training case.
     """
     depth, *plane = np.median(shapes, axis=0)
     height, width = (min(256, 4 * int(np.ceil(side / 4))) for side in plane)

@@ -433,7 +433,7 @@ def test_given_boxes_follow_the_labels_and_change_nothing_else_of_a_patch(tmp_pa
     assert len(list(cache.glob("*.boxes-*.npy"))) == len(cases) * other
     dataset = PatchDataset(cases, plan, cache, (4, 8, 8), 30, seed=0)
     alone = copy.copy(dataset)
-    alone.box_files = [None] * len(cases)
+    alone.files = [(stem, None) for stem, _ in dataset.files]
     seen = set()
     for (patch, labels), (image, same_labels) in zip(dataset, alone):
         assert torch.equal(patch[-1].long(), (labels == 2).long() if other else labels)
