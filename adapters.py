@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class VanillaAdapter(nn.Module):
     """The bottleneck adapter of Houlsby et al. 2019, table 4's "vAdapter": FC C -> C/4, GELU, FC C/4 -> C.
 
-    Ours: the last FC starts at zero. At first an adapter returns its input, and zeros if it has no skip.
+    Ours: the last FC starts at zero. At first an adapter returns its input; without a skip, zeros.
 
     Args:
         dim, depth: C, the width of the tokens, and D, the slices of a patch, which only the variants need.

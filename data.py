@@ -1,12 +1,14 @@
 """From files to training patches and back: plan, prepare, cut, augment, dataset mapping (paper 2.2, 3).
 
-files ── check_source, make_plan ──> Plan ── prepare_case ──> image (C, D, H, W), label (D, H, W)
-── prepare ──> cache ── PatchDataset ──> augmented patches ── label_map_to_segments ──> masks, boxes
-semantic map of the network ── resample_scores ──> semantic map on the grid of the file
+    files ── check_source, make_plan ──> Plan ── prepare_case ──> image (C, D, H, W), label (D, H, W)
+    ── prepare ──> cache ── PatchDataset ──> augmented patches ── label_map_to_segments ──> masks, boxes
+    semantic map of the network ── resample_scores ──> semantic map on the grid of the file
 
-python data.py check --data X --root DIR     list all problems of a data set
-python data.py prepare --data X --root DIR   write the cache, as train.py does when it starts
-python data.py info --data X --root DIR      print cases, sizes, spacings, intensities and classes
+    python data.py check --data X --root DIR     list all problems of a data set
+    python data.py prepare --data X --root DIR   write the cache, as train.py does when it starts
+    python data.py info --data X --root DIR      print cases, sizes, spacings, intensities and classes
+
+A case is one patient or one frame. Its files are never changed; prepared arrays lie in the cache.
 """
 
 import argparse

@@ -7,9 +7,9 @@
                                        HungarianMatcher                     SetCriterion
                                   sigma, the cheapest assignment ──> the same terms, read at sigma
 
-Cost and loss are the same weighted terms: the assignment of lowest cost is also the one of lowest loss. A
-slice has at most one segment per class, so the class id is the index of a segment, and one matrix product
-compares all queries of a slice with all its segments. Usage:
+The loss of a matched pair is exactly its cost. The loss adds one term for unmatched queries ("no object"),
+which the matching does not see. A slice has at most one segment per class, so the class id is the index of a
+segment, and one matrix product compares all queries of a slice with all its segments. Usage:
 
     loss, terms = SetCriterion()(model(volume), label_map_to_segments(labels, num_classes))
 """
@@ -50,7 +50,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     (..., H, W) bool -> (..., 4) float32 x0, y0, x1, y1 in [0, 1]; zeros where a mask is empty.
     """
     edges = []
-    for axis in (-2, -1):  # without its rows a mask shows its extent in x, without its columns that in y
+    for axis in (-2, -1):  # `any` over rows gives the occupied columns (x), over columns the rows (y)
         occupied = masks.any(axis).to(torch.uint8)  # (..., W), then (..., H)
         length = occupied.shape[-1]
         first = occupied.argmax(-1)
@@ -191,7 +191,8 @@ class SetCriterion(nn.Module):
         present = segments.present & outputs["asked"] if "asked" in outputs else segments.present
         terms = pairwise_terms(outputs, segments)
         assigned = self.matcher(terms, present)  # (S, N, K) bool, sigma
-        # Divide by (all segments / ranks): DDP's mean over ranks is then the sum over slices / all segments.
+        # Divide by (all segments / ranks). DDP then averages over the ranks, so that the result is the sum over
+        # all slices, divided by all segments.
         # Ours: the class term too is divided by that; the release divides it by the sum of its class weights.
         count, ranks = present.sum().float(), 1
         if dist.is_available() and dist.is_initialized():

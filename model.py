@@ -9,7 +9,9 @@
       └> class_logits (S, N, K+1), mask_logits (S, N, 4h, 4w); aux_mask_logits (S, N, H, W), aux_boxes
 
 `segment-anything` builds SAM. Where the paper inserts something, a forward pass of SAM is repeated here, and
-every line that differs ends in "# +". With fresh adapters encoder and decoder equal SAM's, image by image.
+every new line ends in "# +" (left out: windows, which support/attention.py cuts, IoU, masks 1 to 3). With
+fresh adapters encoder and decoder equal SAM's, image by image. Only the class token, one more token in the
+decoder, changes the masks: with MobileSAM's weights about 2.7 % of their pixels change sign.
 
     model, sam = build_model(MaskSAMConfig(sam="tiny", encoder_size=(256, 256)))
     outputs = model(torch.randn(2, 1, 4, 256, 256))
@@ -126,8 +128,8 @@ class MaskSAM(nn.Module):
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode (S, 3, *encoder_size): the neck (S, width, h, w) and four taps, shallow first (fig. 3a)."""
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        return self.encoder(image, self.encoder_depth_embed, self.encoder_adapters, again)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self.encoder(image, self.encoder_depth_embed, self.encoder_adapters, recompute)
 
     def encode_prompts(self, aux: dict[str, Tensor], given: GivenBoxes | None = None) -> tuple[Tensor, ...]:
         """Encode the boxes and masks of the prompt generator, or given boxes, by SAM's own prompt encoder."""
@@ -232,7 +234,7 @@ class TinyViTBlockAdapters(EncoderBlockAdapters):
 
 
 class ViTEncoder:
-    """SAM's ViT for any token grid. A tap follows each quarter of its blocks: 2, 5, 8, 11 of ViT-B (2.3)."""
+    """SAM's ViT for any token grid. A tap follows each quarter of its blocks: 2, 5, 8, 11 in ViT-B (2.5)."""
 
     block_adapters, scales = EncoderBlockAdapters, None  # no scales: all taps have the size of the token grid
 
@@ -243,7 +245,7 @@ class ViTEncoder:
         ends = [len(blocks) * quarter // 4 for quarter in range(5)]
         self.stages = [(blocks[start:end], None) for start, end in zip(ends, ends[1:])]
 
-    def __call__(self, x, depth_embed, insertions, again: bool) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, x, depth_embed, insertions, recompute: bool) -> tuple[Tensor, list[Tensor]]:
         """Repeat SAM's `ImageEncoderViT.forward` on (S, 3, *encoder_size), with adapters, taps (fig. 3a)."""
         encoder, insertions, taps = self.encoder, iter(insertions), []  # +
         x = encoder.patch_embed(x)
@@ -252,12 +254,12 @@ class ViTEncoder:
         # (S, h, w, width): every token of slice d gets embedding d (2.5 ii).
         if depth_embed is not None:  # +
             x = (x.unflatten(0, (-1, len(depth_embed))) + depth_embed).flatten(0, 1)  # +
-        # Each block with its two adapters (2.5 iii); a tap (S, width, h, w) behind each stage. With `again`,
-        # backward computes every block again, instead of keeping its activations.
+        # Each block with its two adapters (2.5 iii); a tap (S, width, h, w) behind each stage. With
+        # `recompute`, backward computes every block again instead of keeping its activations.
         for blocks, downsample in self.stages:  # +
             for blk in blocks:  # +
                 call = (blk, x) if isinstance(blk, ConvBlock) else (next(insertions), x, blk)  # +
-                x = checkpoint(*call, use_reentrant=False) if again else call[0](*call[1:])  # +
+                x = checkpoint(*call, use_reentrant=False) if recompute else call[0](*call[1:])  # +
             taps.append(x.permute(0, 3, 1, 2))  # +
             x = x if downsample is None else downsample(x)  # +
         x = encoder.neck(x.permute(0, 3, 1, 2))

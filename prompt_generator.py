@@ -28,8 +28,8 @@ from matcher import masks_to_boxes
 class GivenBoxes(NamedTuple):
     """Boxes that replace generated ones: query i gets the box of class i + 1 (tables 2 and 3, prompts "GT").
 
-    Ours: the label comes with the box, as in those tables. A query with a box has its box's class or is
-    "no object", one without is background or "no object". A slice shows no class that has no box in it.
+    Ours: the label comes with the box, as in those tables. With a box, query i may only be class i + 1 or
+    "no object"; without a box, background or "no object". A class without a box never appears in its slice.
     """
 
     boxes: Tensor  # (S, N, 4) x0, y0, x1, y1 in [0, 1], zeros where no box is given
@@ -90,8 +90,8 @@ class Level(nn.Module):
 def level_sizes(grid: tuple[int, int], patch: tuple[int, int], levels: int, scales=None) -> list[tuple]:
     """Return (rows, columns) of each level's map, from the neck to the lowest tap.
 
-    Ours: all taps of a ViT have the size of the token grid, and the last levels, the thinnest, double it up
-    to the patch. Taps that are a pyramid bring their own scales.
+    Ours: all taps of a ViT have the size of the token grid. The last levels, which have the fewest channels,
+    each double the size until it is the patch's. Taps that are a pyramid bring their own scales.
 
     Args:
         grid, patch, levels: (h, w) of the tokens; (H, W), the largest size; the number of levels.

@@ -137,7 +137,7 @@ def test_a_step_of_the_acdc_preset_fits_into_ten_gib():
 def test_a_phantom_run_resumes_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     phantom.write_phantom(tmp_path / "phantom", 4)
-    sizes = "--iterations 2 --epochs 2 --val-every 1 --patch 2 32 32 --encoder 64 64 --workers 0"
+    sizes = "--iterations 2 --epochs 2 --val-every 1 --patch 4 128 128 --encoder 128 128 --workers 0"
     arguments = ["--root", str(tmp_path / "phantom"), "--device", "cuda", *sizes.split()]
     train.main(arguments)
     run_folder = next((tmp_path / "runs").iterdir())

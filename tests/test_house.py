@@ -8,12 +8,18 @@ import re
 import shlex
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+
+import evaluate
+from support import sam
 
 ROOT = Path(__file__).parents[1]
 TOP = ("adapters", "prompt_generator", "matcher", "model", "data", "train", "evaluate")
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tools/*.py")])
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+PAGES["checkpoints/README.md"] = (ROOT / "checkpoints/README.md").read_text()
 TEXT = "\n".join(PAGES.values())
 PLACE = re.compile(r"`([\w/]+\.py)::([\w.]+)`")
 # Arrows point down only: a file imports from its own floor's files to the right of it, or from a floor below.
@@ -77,7 +83,9 @@ def places_of(mark: str) -> set[tuple[str, str]]:
                 # A comment above a definition belongs to it: the first node that ends at or after the line.
                 node = next(node for node in nodes if node.end_lineno >= number)
                 target = node.targets[0] if isinstance(node, ast.Assign) else None
-                first = next((n.id for n in ast.walk(target) if isinstance(n, ast.Name)), "") if target else ""
+                first = (
+                    next((n.id for n in ast.walk(target) if isinstance(n, ast.Name)), "") if target else ""
+                )
                 own = first or getattr(node, "name", script.stem)
                 places.add((f"{name_of(script)}.py", own))
     return places
@@ -197,7 +205,7 @@ def test_one_table_of_letters():
 
 def test_every_picture_and_link_exists():
     for name, page in PAGES.items():
-        folder = ROOT if name == "README.md" else ROOT / "docs"
+        folder = ROOT / ("docs" if "/" not in name and name != "README.md" else Path(name).parent)
         for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page):
             assert (folder / target).exists(), (name, target)
 
@@ -246,6 +254,17 @@ def test_the_two_commands_install_what_is_pinned():
     assert any("pip install -r requirements.txt && python -m pytest -q" in block for block in blocks)
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[\w-]+==[\d.]+ +# .+", line) for line in lines)  # a version and a reason
+
+
+def test_shipped_weights_are_those_of_their_table_and_predict(tmp_path):
+    files = sorted((ROOT / "checkpoints").glob("*.pt"))
+    assert files and all(sam.file_sha256(file) in PAGES["checkpoints/README.md"] for file in files)
+    image = np.random.default_rng(0).normal(size=(30, 40, 8)).astype(np.float32)
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "in/case.nii.gz")
+    folders = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    evaluate.main(["--ckpt", str(ROOT / "checkpoints/hippocampus-tiny.pt"), "--no-mirror", *folders])
+    assert nib.load(tmp_path / "out/case.nii.gz").shape == image.shape
 
 
 if __name__ == "__main__":
