@@ -1,15 +1,15 @@
 """Segment with a plain member of the SAM family and given boxes (paper 3, "bbox" rows of tables 1-3).
 
+The boxes come from the true labels (gt) or from label maps of another program (DIR), and each mask gets the
+class of its box. So the results are not automatic; names, headers and tables say so. A slice without an
+object has no box and stays empty. It is scored like all others. SAM's multi-mask output is off.
+
     python -m tools.baselines sam --prompts gt --data acdc --root DIR
     python -m tools.baselines medsam --sam-checkpoint FILE --prompts DIR --data amos --root DIR
 
     volume (C, D, H, W)   ── grey_levels ──> 0..255 ── encoder_input ── image encoder, once per slice ──┐
     box source (D, H, W)  ── box_prompts ──> one box per class and slice ── prompt encoder ── mask decoder
                           on a pixel of several masks the one of the smallest box counts ──> label map
-
-The boxes come from the true labels (gt) or from label maps of another program (DIR), and each mask gets the
-class of its box. So the results are not automatic; names, headers and tables say so. A slice without an
-object has no box and stays empty. It is scored like all others. SAM's multi-mask output is off.
 """
 
 import os
@@ -31,10 +31,7 @@ import evaluate
 from matcher import masks_to_boxes
 from model import MaskSAMConfig, build_model
 from support import files, layouts, nifti
-from support.metrics import CONVENTIONS
 from support.sam import BACKBONES
-
-# ---------------------------------------------------------------------------------------------- the baselines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +41,12 @@ class Baseline:
     sam: str  # key of `BACKBONES`
     side: int  # pixels of the encoder's square input
     home: str = ""  # where to get the weights, if they are not the backbone's own
-    stretch: bool = (
-        False  # each slice is scaled to [0, 1] from its minimum and maximum, not by SAM's statistics
-    )
+    stretch: bool = False  # each slice is scaled to [0, 1] by its extremes, not by SAM's statistics
     square: bool = False  # each slice fills the square, whatever its shape; else zeros pad its shorter side
     interpolation: str = "bilinear"  # of the resampling to the encoder's size
 
 
-MEDSAM_HOME = "medsam_vit_b.pth from the Google Drive that github.com/bowang-lab/MedSAM links to, or from "
-MEDSAM_HOME += "https://zenodo.org/records/10689643"
+MEDSAM_HOME = "medsam_vit_b.pth of https://zenodo.org/records/10689643 (see github.com/bowang-lab/MedSAM)"
 # Sources: segment_anything/predictor.py and utils/transforms.py for SAM; github.com/bowang-lab/MedSAM for the
 # others: MedSAM_Inference.py, and CVPR24_LiteMedSAM_infer.py on the branch LiteMedSAM.
 BASELINES = {
@@ -61,53 +55,31 @@ BASELINES = {
     "mobile_sam": Baseline("mobile_sam", 1024),
     "lite_medsam": Baseline("lite_medsam", 256, stretch=True),
 }
-
-
-def load_baseline(name: str, path: str | Path | None = None) -> tuple[nn.Module, str | None]:
-    """Build SAM with the weights of a baseline.
-
-    Args:
-        name: key of `BASELINES`.
-        path: the user's own file, or None for the published one.
-    Returns:
-        The model in evaluation mode on the CPU, and the sha256 of the file.
-    Raises:
-        FileNotFoundError: there is no file.
-        ValueError: the file holds something else.
-    """
-    baseline = BASELINES[name]
-    if baseline.home and path is None:
-        raise FileNotFoundError(f"{name} needs --sam-checkpoint FILE: {baseline.home}")
-    model, record = build_model(MaskSAMConfig(baseline.sam, encoder_size=(baseline.side,) * 2), path)
-    sam = model.sam.eval()
-    if baseline.home and record["sha256"] == BACKBONES[baseline.sam].sha256:
-        raise ValueError(f"{path}: found SAM's own weights, expected those of {name}: {baseline.home}")
-    if baseline.stretch:
-        sam.pixel_mean.fill_(0)
-        sam.pixel_std.fill_(255)
-    return sam, record["sha256"]
-
-
-# ----------------------------------------------------------------------------------------- pictures and boxes
-
 CT_WINDOW = (-160.0, 240.0)  # level 40, width 400 in HU: MedSAM's pre_CT_MR.py
 MR_PERCENTILES = (0.5, 99.5)  # of the voxels above 0: the same file
 
 
+def load_baseline(name: str, path: str | Path | None = None) -> tuple[nn.Module, str | None]:
+    """Build SAM with the weights of a baseline; return it in evaluation mode, and the sha256 of its file."""
+    baseline = BASELINES[name]
+    if baseline.home and path is None:
+        raise FileNotFoundError(f"{name} needs --sam-checkpoint FILE: {baseline.home}")
+    model, record = build_model(MaskSAMConfig(baseline.sam, encoder_size=(baseline.side,) * 2), path)
+    if baseline.home and record["sha256"] == BACKBONES[baseline.sam].sha256:
+        raise ValueError(f"{path}: found SAM's own weights, expected those of {name}: {baseline.home}")
+    if baseline.stretch:
+        model.sam.pixel_mean.fill_(0)
+        model.sam.pixel_std.fill_(255)
+    return model.sam.eval(), record["sha256"]
+
+
 def grey_levels(volume: np.ndarray, modality: str) -> np.ndarray:
-    """Turn a volume into 8-bit pictures: by a window of HU for CT, else by percentiles of the whole volume.
+    """Turn a volume (D, H, W) into 8-bit pictures, by a window of HU for "CT", else by its percentiles.
 
     SAM defines nothing for volumes; MedSAM's comparison (comparisons/SAM/infer_SAM_3D_npz.py) gives it these.
-
-    Args:
-        volume: (D, H, W), HU for CT.
-        modality: "CT" or anything else.
-    Returns:
-        (D, H, W) uint8.
     """
-    if modality == "CT":
-        low, high = CT_WINDOW
-    else:
+    low, high = CT_WINDOW
+    if modality != "CT":
         above = volume[volume > 0]
         low, high = np.percentile(above if above.size else volume, MR_PERCENTILES)
     clipped = volume.clip(low, high)
@@ -116,23 +88,15 @@ def grey_levels(volume: np.ndarray, modality: str) -> np.ndarray:
 
 
 def encoder_input(picture: Tensor, baseline: Baseline) -> Tensor:
-    """Resample a slice to the encoder's size; `Sam.preprocess` will scale and pad it.
-
-    Args:
-        picture: (H, W), grey levels 0..255.
-        baseline: decides the size, the interpolation and the scaling.
-    Returns:
-        (1, 3, h, w) float32, 0..255; h and w are at most `baseline.side`.
-    """
+    """Resample a slice (H, W) of grey levels 0..255 to the encoder's size; return (1, 3, h, w), 0..255."""
     scale = baseline.side / max(picture.shape)
     size = (baseline.side,) * 2 if baseline.square else tuple(int(n * scale + 0.5) for n in picture.shape)
-    grey = picture[None, None].float()
-    grey = F.interpolate(grey, size=size, mode=baseline.interpolation, align_corners=False, antialias=True)
-    grey = grey.round().clamp(0, 255)
+    grey, options = picture[None, None].float(), {"align_corners": False, "antialias": True}
+    grey = F.interpolate(grey, size, mode=baseline.interpolation, **options).round().clamp(0, 255)
     if baseline.stretch:
         low, high = grey.aminmax()
         grey = (grey - low) * (255 / (high - low).clamp(min=1e-8))
-    return grey.expand(-1, 3, -1, -1)
+    return grey.expand(-1, 3, -1, -1)  # `Sam.preprocess` will scale and pad it
 
 
 def box_prompts(labels: Tensor, size: Sequence[int], margin: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -142,11 +106,9 @@ def box_prompts(labels: Tensor, size: Sequence[int], margin: float = 0.0) -> tup
     first to the last pixel of the object, while the far edge of `masks_to_boxes` is exclusive.
 
     Args:
-        labels: (H, W) class ids of the box source.
-        size: (h, w) of the encoder's picture.
-        margin: added on all sides, in pixels of that picture; the box ends where the picture ends.
-    Returns:
-        class ids (n,), ascending; boxes (n, 4) float32, x0, y0, x1, y1 in pixels of the encoder's picture.
+        labels: (H, W) class ids of the box source. size: (h, w) of the encoder's picture.
+        margin: pixels of that picture, added on all sides; the box ends where the picture ends.
+    Returns: class ids (n,), ascending; boxes (n, 4), x0, y0, x1, y1 in pixels of the encoder's picture.
     """
     class_ids = torch.unique(labels[labels > 0])
     limit = torch.tensor([size[1], size[0]], dtype=torch.float32)
@@ -156,50 +118,33 @@ def box_prompts(labels: Tensor, size: Sequence[int], margin: float = 0.0) -> tup
     return class_ids, torch.cat([near, (far - 1).maximum(near)], dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------- prediction
-
-
 @torch.no_grad()
 def segment_slice(sam: nn.Module, image: Tensor, boxes: Tensor, shape: Sequence[int], amp: str) -> Tensor:
-    """Do what `Sam.forward` does for one slice and all its boxes, but keep the logits.
+    """Do what `Sam.forward` does for one slice of a shape (H, W) and n boxes, but keep the logits (n, H, W).
 
-    Args:
-        image: result of `encoder_input`.
-        boxes: result of `box_prompts`.
-        shape: (H, W) of the slice.
-        amp: autocast type of encoder and decoder, a key of `AMP_TYPES`. The prompt encoder stays in float32,
-            because its position code would be off by a pixel in half precision.
-    Returns:
-        (n, H, W) float32 mask logits.
+    The prompt encoder stays in float32, because its position code is off by a pixel in half precision.
     """
     device = sam.pixel_mean.device
     with files.autocast(device, amp):
         features = sam.image_encoder(sam.preprocess(image.to(device)))  # (1, width, h', w')
     sparse, dense = sam.prompt_encoder(points=None, boxes=boxes.to(device), masks=None)
-    image_pe = sam.prompt_encoder.get_dense_pe()
-    with files.autocast(device, amp):
-        logits, _ = sam.mask_decoder(
-            features, image_pe, sparse, dense, multimask_output=False
-        )  # (n, 1, h, w)
+    positions = sam.prompt_encoder.get_dense_pe()
+    with files.autocast(device, amp):  # (n, 1, h, w)
+        logits, _ = sam.mask_decoder(features, positions, sparse, dense, multimask_output=False)
     return sam.postprocess_masks(logits.float(), image.shape[-2:], tuple(shape))[:, 0].cpu()
 
 
 def predict_case(
     sam: nn.Module, baseline: Baseline, pictures: np.ndarray, box_labels: np.ndarray, margin=0.0, amp="off"
 ) -> np.ndarray:
-    """Make the label map of a case, slice by slice.
+    """Make the label map (D, H, W) of a case, slice by slice.
 
     Ours: where masks overlap, the mask of the smaller box lies on top. In MedSAM's scripts the later class
     replaces the earlier one, which depends on the order of the classes. The largest logit would be wrong: in
     the box of a ring these models find the inside of the ring, and are sure of it (docs/results.md).
 
     Args:
-        pictures: (D, H, W) grey levels 0..255.
-        box_labels: (D, H, W) class ids of the box source.
-        margin: see `box_prompts`.
-        amp: see `segment_slice`.
-    Returns:
-        (D, H, W) uint8.
+        pictures: (D, H, W) grey levels 0..255. box_labels: (D, H, W). margin: see `box_prompts`.
     """
     label = np.zeros(box_labels.shape, np.uint8)
     for d in np.flatnonzero(box_labels.any((1, 2))):
@@ -212,46 +157,27 @@ def predict_case(
     return label
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line. `evaluate.py --predictions` scores the files in other ways."""
     parser = files.make_parser(__doc__, "root", "fold", "sam-checkpoint", "device", "workers")
+    parser.set_defaults(tolerance=1.0, convention="masksam")
     add = parser.add_argument
     add("name", choices=BASELINES)
-    add("--data", required=True, help=files.COMMON_OPTIONS["data"]["help"].split(" (")[0])
-    source = "source of the boxes: the true labels (gt), or label maps of another program in a folder"
-    add("--prompts", required=True, metavar="gt|DIR", help=source)
+    add("--data", required=True, help=files.COMMON_OPTIONS["data"]["help"])
+    add("--prompts", required=True, metavar="gt|DIR", help="boxes of the true labels (gt) or label maps")
     add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
-    margin = "pixels of the encoder's picture added around boxes (MedSAM's scripts: 20, LiteMedSAM's: 5)"
-    add("--box-margin", type=float, default=0.0, metavar="PIXELS", help=margin)
+    add("--box-margin", type=float, default=0.0, help="encoder pixels around a box (MedSAM's scripts: 20)")
     add("--output", help="folder (default: runs/<data>/predictions-<name>-boxes-<prompts>-<split>)")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: the one that the hardware has)")
-    add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
-    convention = "how absent classes are scored (default: %(default)s)"
-    add("--metric-convention", choices=CONVENTIONS, default="masksam", dest="convention", help=convention)
     args = parser.parse_args(argv)
     args.device, args.workers = args.device or files.default_device(), args.workers or files.default_workers()
     args.amp = args.amp or files.default_amp(args.device)
-    same_folder = args.output and Path(args.output).resolve() == Path(args.prompts).resolve()
-    for wrong, problem in (
-        (
-            args.prompts == "auto",
-            "--prompts: found auto, expected gt or DIR, because these models make no boxes",
-        ),
-        (
-            same_folder,
-            "--prompts: found the folder of --output, expected another, or its files would be replaced",
-        ),
-        (
-            not 0 <= args.box_margin < np.inf,
-            f"--box-margin: found {args.box_margin:g}, expected 0 or more pixels",
-        ),
-        (args.tolerance <= 0, f"--tolerance: found {args.tolerance:g}, expected more than 0 mm"),
-    ):
-        if wrong:
-            parser.error(problem)
+    if args.prompts == "auto":
+        parser.error("--prompts: found auto, expected gt or DIR, because these models make no boxes")
+    if args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
+        parser.error("--prompts: found the folder of --output, expected another: its files would be replaced")
+    if not 0 <= args.box_margin < np.inf:
+        parser.error(f"--box-margin: found {args.box_margin:g}, expected 0 or more pixels")
     return args
 
 
@@ -260,32 +186,30 @@ def run(args: argparse.Namespace) -> dict | None:
     source, cases = evaluate.find_cases(args, [])
     cases = layouts.with_box_source(cases, args.prompts)
     sam, sha256 = load_baseline(args.name, args.sam_checkpoint)
-    sam.to(args.device)
-    modality, num_classes = source.task.modality, len(source.task.labels)
+    sam, modality, num_classes = sam.to(args.device), source.task.modality, len(source.task.labels)
     made_with = {"baseline": args.name, "box_margin": args.box_margin, "sam_sha256": sha256}
+    settings = [made_with, modality, str(files.AMP_TYPES[args.amp])]
 
     def description(case: layouts.Case) -> str:
-        settings = [made_with, modality, str(files.AMP_TYPES[args.amp])]
         key = data.file_key(settings, (*case.images, case.box_source))
         return f"{args.name}{evaluate.describe_box_source(args.prompts)} {key}"
 
     def predict(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
         channels, geometries = zip(*map(nifti.read_image, case.images))
-        # Ours: several channels become one picture, the mean of theirs.
-        pictures = np.mean([grey_levels(channel, modality) for channel in channels], axis=0, dtype=np.float32)
+        levels = [grey_levels(channel, modality) for channel in channels]
+        pictures = np.mean(levels, axis=0, dtype=np.float32)  # Ours: all channels become one picture
         box_labels, _ = nifti.read_label(case.box_source, num_classes)
         label = predict_case(sam, BASELINES[args.name], pictures, box_labels, args.box_margin, args.amp)
         return label, geometries[0]
 
     suffix = layouts.box_source_suffix(args.prompts)
-    margin = f"-margin{args.box_margin:g}" if args.box_margin else ""
-    folder = f"predictions-{args.name}{suffix}{margin}-{args.split}"
-    output = Path(args.output or Path("runs") / source.name / folder)
-    paths = [output / f"{case.name}.nii.gz" for case in cases]
+    name = f"{args.name}{suffix}" + (f"-margin{args.box_margin:g}" if args.box_margin else "")
+    folder = Path("runs") / source.name / f"predictions-{name}-{args.split}"
+    paths = [Path(args.output or folder) / f"{case.name}.nii.gz" for case in cases]
     unlabelled = [dataclasses.replace(case, label=None) for case in cases]  # no truth is read before scoring
     evaluate.predict_files(unlabelled, paths, num_classes, description, predict, args.workers)
-    settings = made_with | {"prompts": args.prompts, "amp": args.amp}
-    return evaluate.report(cases, paths, source, args, settings, suffix)
+    facts = made_with | {"prompts": args.prompts, "amp": args.amp}
+    return evaluate.report(cases, paths, source, args, facts, suffix)
 
 
 def main(argv: list[str] | None = None) -> dict | None:
