@@ -4,7 +4,7 @@
 
     python evaluate.py --ckpt runs/acdc-vit_b/best.pt               the validation cases: files and scores
     python evaluate.py --ckpt FILE --split test                     the test cases; several FILEs are averaged
-    python evaluate.py --ckpt FILE --input DIR --output DIR         images without labels
+    python evaluate.py --ckpt FILE --input DIR --output OUT         images without labels
     python evaluate.py --ckpt FILE --split testing --submission     hidden labels: label maps and a zip file
     python evaluate.py --predictions DIR --data acdc --split test   score the label maps of another program
 
@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,6 @@ from support import files, layouts, metrics, nifti
 from support.presets import PRESETS
 
 Cases = Sequence[layouts.Case]
-
-# -------------------------------------------------------------------------------------------- sliding windows
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
@@ -75,24 +73,16 @@ def pad_to_window(volume: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int
 
 
 def sliding_window_inference(
-    predict: Callable[[Tensor], Tensor],
-    volume: Tensor,
-    patch_size: Sequence[int],
-    overlap: float = 0.5,
-    batch_size: int = 1,
-    desc: str | None = None,
+    predict: Callable, volume: Tensor, patch_size: Sequence[int], overlap=0.5, batch_size=1, desc=None
 ) -> Iterator[Tensor]:
     """Average the semantic maps of overlapping windows, and yield slices as soon as they are complete.
 
     Args:
-        predict: (B, C, d, h, w) -> (B, K, d, h, w).
-        volume: (C, D, H, W), of any size.
-        patch_size: (d, h, w), the size of a window.
+        predict: (B, C, d, h, w) -> (B, K, d, h, w). volume: (C, D, H, W), of any size.
+        patch_size: (d, h, w), the size of a window. batch_size: number B of windows per call.
         overlap: share of a window that the next window covers too, in [0, 1). Release: 0.5.
-        batch_size: number B of windows per call.
         desc: title of a progress bar, or None.
-    Yields:
-        (K, n, H, W) float32 on the CPU, D slices together.
+    Yields: (K, n, H, W) float32 on the CPU, D slices together.
     """
     depth, *plane = volume.shape[1:]
     volume, before = pad_to_window(volume, patch_size)
@@ -120,35 +110,22 @@ def sliding_window_inference(
             yield mean[:, before[0] : before[0] + depth, *inside]  # A padded depth is one window.
 
 
-# --------------------------------------------------------------------------------------------------- one case
-
-
 def predict_case(
-    models: Sequence[MaskSAM],
-    prepared: Sequence[data.Prepared],
-    device: str | torch.device = "cpu",
-    amp: str = "off",
-    mirror_axes: Sequence[int] = (),
-    largest: Sequence[int] = (),
-    **windows,
+    models: Sequence[MaskSAM], prepared, device="cpu", amp="off", mirror_axes=(), largest=(), **windows
 ) -> np.ndarray:
     """Predict the label map of a case, (D, H, W) uint8, on the grid of its file.
 
     Args:
         models: in evaluation mode, on the device. The average of their semantic maps counts.
         prepared: the case, as `data.prepare_case` or `data.load_cached` made it by the plan of each model.
-        device: where the models are.
-        amp: key of `files.AMP_TYPES`.
+        device, amp: where the models are, and a key of `files.AMP_TYPES`.
         mirror_axes: axes of (D, H, W). Ours, as in nnU-Net: the maps of all flips along them are averaged.
-        largest: class ids for `keep_largest_component`.
-        windows: options of `sliding_window_inference`.
+        largest: class ids for `keep_largest_component`. windows: options of `sliding_window_inference`.
     """
     axes = [axis - 3 for axis in mirror_axes]
     flips = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
 
-    def scores(
-        model: MaskSAM, case: data.Prepared
-    ) -> Iterator[Tensor]:  # slabs (K, n, D', H') of the file's grid
+    def scores(model: MaskSAM, case: data.Prepared) -> Iterator[Tensor]:  # (K, n, H, W) of the file's grid
         def predict(volumes: Tensor) -> Tensor:
             volumes = volumes.to(device)
             with torch.no_grad(), files.autocast(device, amp):
@@ -164,11 +141,9 @@ def predict_case(
 
 
 def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
-    """Set all but the largest component of some classes to background. Ours: an option, as in nnU-Net.
+    """Set all but the largest component of some classes of (D, H, W) to background, in place.
 
-    Args:
-        label: (D, H, W), changed in place. Voxels that touch at a corner are connected.
-        class_ids: the classes.
+    Ours: an option, as in nnU-Net. Voxels that touch at a corner are connected.
     """
     boxes = ndimage.find_objects(label)
     for class_id in class_ids:
@@ -180,23 +155,15 @@ def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.nd
     return label
 
 
-def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, **options) -> dict:
-    """Predict a case and return its Dice, for `metrics.summarize`; `predict_case` describes the options."""
+def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, *options) -> dict:
+    """Predict a case and return its Dice, for `metrics.summarize`. Options: device, amp and mirror_axes."""
     truth, _ = nifti.read_label(case.label, model.config.num_classes)
-    prediction = predict_case([model], [prepared], **options)
+    prediction = predict_case([model], [prepared], *options)
     return {"dice": metrics.dice_per_class(prediction, truth, model.config.num_classes)}
 
 
-# ------------------------------------------------------------------------------------------------- many cases
-
-
 def find_cases(args: argparse.Namespace, trained_with: Sequence[dict]) -> tuple[layouts.DataSource, Cases]:
-    """Find a data set and the cases of a split. An open `args.fold` is filled in.
-
-    Args:
-        args: with data, root, fold and split.
-        trained_with: arguments of train.py, from the checkpoints; they are the defaults.
-    """
+    """Find the cases that `args` (data, root, fold, split) name; arguments of train.py are the defaults."""
     first = trained_with[0] if trained_with else {"root": None}
     args.fold = first.get("fold") if args.fold is None else args.fold
     root = args.root if args.data or args.root else first["root"]
@@ -206,27 +173,20 @@ def find_cases(args: argparse.Namespace, trained_with: Sequence[dict]) -> tuple[
         raise ValueError(f"--split: found {args.split}, expected {', '.join(splits)} as in {source.root}")
     folds = {trained.get("fold") for trained in trained_with}
     if len(folds) > 1 and args.split in ("train", "val"):
-        raise ValueError(
-            f"--split {args.split}: found folds {folds}, which were trained on each other's cases"
-        )
+        raise ValueError(f"--split {args.split}: found folds {folds}, trained on each other's cases")
     return source, splits[args.split]
 
 
 def predict_files(
     cases: Cases, paths: list[Path], num_classes: int, description: Callable, predict: Callable, workers: int
 ) -> None:
-    """Predict the cases that are not done yet. All images are checked before anything is written.
+    """Predict the cases that are not done yet. ValueError: an image is wrong; then nothing is written.
 
     Args:
-        cases: the cases.
-        paths: the file to write for each case, all in one folder.
-        num_classes: K.
-        description: case -> text for the header of its file, which names everything that the file depends on.
-            A file with this text is done.
+        cases, paths: the cases, and the file to write for each, all in one folder.
+        num_classes, workers: K, and the number of threads that check the images.
+        description: case -> text for the header of its file. A file with this text is done.
         predict: case -> label map (D, H, W) and the geometry of its image.
-        workers: number of threads for the checks.
-    Raises:
-        ValueError: lists everything that is wrong with the images.
     """
     if problems := data.check_cases(cases, num_classes, workers):
         raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
@@ -257,14 +217,10 @@ def report(
     """Score the cases that have labels, print the table, and write metrics.json and metrics.csv.
 
     Args:
-        cases: the cases.
-        paths: the label map of each case.
-        source: the data set; None for images without labels.
+        cases, paths: the cases, and the label map of each. source: the data set; None without labels.
         args: with split, fold, tolerance, convention, workers and output (None: beside the label maps).
-        facts: about the predictions, to be stored with the results.
-        suffix: of the names of the files, for given boxes.
-    Returns:
-        `metrics.summarize` and the facts; None if no case has a label.
+        facts: about the predictions, to be stored with the results. suffix: of the files' names.
+    Returns: `metrics.summarize` and the facts; None if no case has a label.
     """
     labelled = [pair for pair in zip(cases, paths) if pair[0].label is not None]
     if not labelled:
@@ -286,25 +242,13 @@ def describe_box_source(where: str) -> str:
     return words[:45]  # A header has room for 79 bytes.
 
 
-def read_box_source(paths: Iterable[Path]) -> str | None:
-    """Return the source that `describe_box_source` named in the headers of label maps, or None."""
-    found = (re.search(r", boxes of (\S+)", nifti.read_description(path)) for path in paths)
-    return next((match[1] for match in found if match), None)
-
-
-# ----------------------------------------------------------------------------------------------- command line
-
-
-# fmt: off
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and refuse options that do not go together."""
-    parser = files.make_parser(__doc__, "sam-checkpoint", "prompts", "device", "workers")
+    parser = files.make_parser(__doc__, *"data root fold sam-checkpoint prompts device workers".split())
     add = parser.add_argument
-    add("--ckpt", nargs="+", metavar="FILE", help="checkpoint of train.py; several are averaged")
+    ckpt = "checkpoint of train.py, whose data, root and fold are the defaults; several are averaged"
+    add("--ckpt", nargs="+", metavar="FILE", help=ckpt)
     add("--predictions", metavar="DIR", help="label maps of another program to score, instead of --ckpt")
-    for name in ("data", "root", "fold"):
-        option = files.COMMON_OPTIONS[name]
-        add(f"--{name}", **option | {"help": option["help"].split(" (")[0] + " (default: as in training)"})
     add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
     add("--input", metavar="DIR", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
@@ -312,12 +256,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
     add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
     add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average mirrored predictions")
-    add("--largest-component", nargs="*", metavar="CLASS", dest="largest",
-        help="keep only the largest component of these classes, or of all if none is named")
+    largest = "keep only the largest component of these classes, or of all if none is named"
+    add("--largest-component", nargs="*", metavar="CLASS", dest="largest", help=largest)
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
-    add("--metric-convention", choices=metrics.CONVENTIONS, default="masksam", dest="convention",
-        help="how other papers score absent classes (default: %(default)s)")
+    convention = {"choices": metrics.CONVENTIONS, "default": "masksam", "dest": "convention"}
+    add("--metric-convention", help="how other papers score absent classes (default: masksam)", **convention)
     args = parser.parse_args(argv)
     given, unlabelled = args.prompts != "auto", args.input or args.submission
     output = args.output and Path(args.output).resolve()
@@ -333,12 +277,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, folder in (("--input", args.input), ("--prompts", given and args.prompts)):
         problem = f"{name}: found the folder of --output, expected another: its files would be replaced"
         problems[problem] = folder and output == Path(folder).resolve()
-    for problem, found in problems.items():
-        if found:
-            parser.error(problem)
+    if found := [problem for problem, applies in problems.items() if applies]:
+        parser.error(found[0])
     args.workers = args.workers or files.default_workers()
     return args
-# fmt: on
 
 
 def predict(args: argparse.Namespace) -> dict | None:
@@ -387,12 +329,10 @@ def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layou
         if model.config.given_boxes != (args.prompts != "auto"):
             expected = "gt or a folder" if model.config.given_boxes else "auto"
             raise ValueError(f"--prompts: found {args.prompts}, expected {expected}, as {path} was trained")
-    others = dict(zip(args.ckpt, tasks)) | ({source.root: source.task} if source else {})
-    labels, channels = tasks[0].labels, len(tasks[0].channels)
-    for path, task in others.items():
-        if (task.labels, len(task.channels)) != (labels, channels):
-            found, expected = f"{task.labels} from {len(task.channels)}", f"{labels} from {channels}"
-            raise ValueError(f"{path}: found {found} channels, expected {expected} as in {args.ckpt[0]}")
+    expected = tasks[0].labels, len(tasks[0].channels)
+    for path, task in [*zip(args.ckpt, tasks), *([(source.root, source.task)] if source else [])]:
+        if (found := (task.labels, len(task.channels))) != expected:
+            raise ValueError(f"{path}: found task {found}, expected {expected} as in {args.ckpt[0]}")
 
 
 def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
@@ -413,13 +353,12 @@ def score_predictions(args: argparse.Namespace) -> dict:
     """Score the label maps of another program, and return their `report`."""
     source, cases = find_cases(args, [])
     paths = layouts.find_predictions(cases, args.predictions)
-    origin = read_box_source(paths)
-    facts = {"predictions": args.predictions} | ({"prompts": origin} if origin else {})
-    results = report(cases, paths, source, args, facts, f"-boxes-{origin}" if origin else "")
+    # The headers of our own files say whose boxes were given, as `describe_box_source` puts it.
+    given = re.findall(r", boxes of (\S+)", "\n".join(map(nifti.read_description, paths)))
+    facts = {"predictions": args.predictions} | ({"prompts": given[0]} if given else {})
+    results = report(cases, paths, source, args, facts, f"-boxes-{given[0]}" if given else "")
     if results is None:
-        raise ValueError(
-            f"--split {args.split}: found no labels in {source.root}, expected some to score with"
-        )
+        raise ValueError(f"--split {args.split}: found no labels in {source.root}, expected some")
     return results
 
 

@@ -22,18 +22,16 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import resource
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -49,13 +47,11 @@ from support.sam import BACKBONES
 # Settings that must not change when a run is resumed, besides the model and the plan of the data.
 SCHEDULE = ("epochs", "iterations", "batch_size", "accumulate", "lr", "weight_decay", "adam_eps", "clip")
 SCHEDULE += ("mask_weight", "amp", "seed", "prompts")
-SIZES = ("patch_size", "encoder_size", "num_queries")
 
 
-# fmt: off
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. None stands for a value of the preset, which `resolve` fills in."""
-    common = ("data", "root", "fold", "cache", "sam-checkpoint", "prompts", "device")
+    common = "data root fold cache sam-checkpoint prompts device".split()
     parser = files.make_parser(__doc__, *common, data="phantom")
     add = parser.add_argument
     add("--name", help="the run is written to runs/<data>-<name> (default: the backbone's name)")
@@ -70,7 +66,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, dest="batch_size", help="patches per process and batch")
     add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
     add("--lr", type=float, help="learning rate of the first step")
-    add("--weight-decay", type=float, help="weight decay of AdamW")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
     add("--compile", action="store_true", help="compile the network: slow to start, faster steps on a GPU")
@@ -79,18 +74,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
     add("--resume", action="store_true", help="continue from last.pt of this run")
     return parser.parse_args(argv)
-# fmt: on
 
 
 def resolve(args: argparse.Namespace, preset: Preset) -> None:
-    """Fill in, in place, all values that the command line left open.
-
-    Raises:
-        ValueError: a value that must be positive is not.
-    """
+    """Fill in, in place, all values that the command line left open. ValueError: one must be positive."""
     args.sam = args.sam or preset.sam
     for name, value in vars(recipe(preset, args.sam)).items():
-        if name in SIZES + SCHEDULE and getattr(args, name, None) is None:
+        if name not in ("task", "home", "tree") and getattr(args, name, None) is None:
             setattr(args, name, value)
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
     args.name += layouts.box_source_suffix(args.prompts)  # The name says that a run is not automatic.
@@ -116,9 +106,6 @@ def patch_indices(step: int, args: argparse.Namespace, rank: int, world: int) ->
     return [(batch * world + rank) * args.batch_size + i for batch in batches for i in range(args.batch_size)]
 
 
-# ---------------------------------------------------------------------------------------------------- one run
-
-
 @dataclasses.dataclass
 class Run:
     """One process of a training, with the data, the network and the optimizer."""
@@ -131,9 +118,9 @@ class Run:
     def __post_init__(self):
         args, world = self.args, self.world
         self.source, self.plan, self.cache = open_data(args, self.rank, world)
-        task, train_cases = self.plan.task, self.source.splits["train"]
-        preset = PRESETS.get(args.data)
-        resolve(args, preset or folder_preset(task, data.cached_shapes(train_cases, self.plan, self.cache)))
+        cases = self.source.splits["train"]
+        shapes = data.cached_shapes(cases, self.plan, self.cache)
+        resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes))
         self.device = torch.device(f"cuda:{self.local_rank}" if args.device == "cuda" else args.device)
         self.folder = Path("runs") / f"{self.source.name}-{args.name}"
         self.build_network()
@@ -144,16 +131,14 @@ class Run:
             resume(self)
         elif (self.folder / "last.pt").exists():
             raise ValueError(f"{self.folder}: found a run; use --resume, choose another --name, or delete it")
-
         length = args.epochs * args.iterations * args.accumulate * args.batch_size * world
-        patches = data.PatchDataset(train_cases, self.plan, self.cache, args.patch_size, length, args.seed)
+        patches = data.PatchDataset(cases, self.plan, self.cache, args.patch_size, length, args.seed)
         indices = patch_indices(self.first_epoch * args.iterations, args, self.rank, world)
         options = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
         self.batches = iter(DataLoader(patches, args.batch_size, sampler=indices, **options))
-        self.wrapped = self.model
-        if world > 1:  # averages the gradients of the processes
-            gpus = [self.local_rank] if self.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, gpus, broadcast_buffers=False)
+        gpus = [self.local_rank] if self.device.type == "cuda" else None
+        # DDP averages the gradients of the processes.
+        self.wrapped = self.model if world == 1 else DDP(self.model, gpus, broadcast_buffers=False)
 
     def build_network(self) -> None:
         """Build the network from the seed, its loss and its optimizer."""
@@ -179,27 +164,24 @@ class Run:
 
 def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.DataSource, data.Plan, Path]:
     """Find the cases and prepare them, first in rank 0. Return the data set, its plan and their cache."""
-    source = layouts.find_data(args.data, args.root, args.fold)
+    source, splits = layouts.find_data(args.data, args.root, args.fold), {}
     for name in ("train", "val"):
         if not source.splits.get(name):
             raise ValueError(f"{source.root}: found no {name} cases, only {', '.join(source.splits)}")
-    splits = {name: layouts.with_box_source(source.splits[name], args.prompts) for name in ("train", "val")}
+        splits[name] = layouts.with_box_source(source.splits[name], args.prompts)
     source = dataclasses.replace(source, splits=source.splits | splits)
     cache = Path(args.cache) / source.name
     if world > 1:  # Preparing a large set may take the others longer than the usual limit of ten minutes.
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-    if rank == 0:
-        plan = data.prepare(source, cache, files.default_workers())
-    if world > 1:
-        dist.barrier(patient)
-        plan = plan if rank == 0 else data.prepare(source, cache)  # finds everything prepared
-    return source, plan, cache
+        if rank == 0:
+            data.prepare(source, cache, files.default_workers())
+        dist.barrier(patient)  # From here on everything is prepared.
+    return source, data.prepare(source, cache, files.default_workers()), cache
 
 
 def resume(run: Run) -> None:
     """Load last.pt into a run. Raises ValueError if a setting that must not change has changed."""
-    path = run.folder / "last.pt"
-    content = read_checkpoint(path)
+    content = read_checkpoint(path := run.folder / "last.pt")
     old = content["config"] | content["plan"] | content["schedule"]
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
@@ -211,30 +193,21 @@ def resume(run: Run) -> None:
     run.first_epoch, run.best = content["epoch"], content["best"]
 
 
-# --------------------------------------------------------------------------------------------------- training
-
-
 def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
-    """Run a whole training; `Run` describes the arguments.
-
-    Returns:
-        `metrics.summarize` of the best checkpoint on the validation cases.
-    """
+    """Run a whole training. Return `metrics.summarize` of the best checkpoint on the validation cases."""
     run = Run(args, rank, local_rank, world)
     if rank == 0:
         begin_log(run)
     for epoch in range(run.first_epoch, args.epochs):
         began = time.time()
-        entry = {"epoch": epoch + 1} | train_epoch(run, epoch)
-        entry |= {"seconds": time.time() - began, "val_dice": None}
+        entry = train_epoch(run, epoch) | {"seconds": time.time() - began, "val_dice": None}
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
             results = validate(run)
             per_class = {label: values["dice"] for label, values in results["per_class"].items()}
             # Cases without any object have no Dice; with 0 there is a best checkpoint all the same.
             entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
         if rank == 0:
-            entry |= {"gib": peak_memory(run.device), "seconds_with_validation": time.time() - began}
-            save(run, entry)
+            save(run, entry | {"seconds_with_validation": time.time() - began})
     if world > 1:
         dist.barrier()
     best = run.folder / "best.pt"
@@ -248,19 +221,17 @@ def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> d
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train for the epoch after `epoch` others. Return the means of `train_step`, and "lr", the last rate."""
+    """Train for one epoch. Return the means of `train_step`, the number of epochs, and the last rate."""
     args, sums = run.args, {}
     run.wrapped.train()
     steps = range(epoch * args.iterations, (epoch + 1) * args.iterations)
     bar = tqdm(steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
     for step in bar:
-        rate = learning_rate(step, args)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
+        run.optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
         values = train_step(run)
         sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}")
-    return {name: value / args.iterations for name, value in sums.items()} | {"lr": rate}
+    return {name: value / args.iterations for name, value in sums.items()} | {"epoch": epoch + 1, "lr": rate}
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -282,7 +253,7 @@ def train_step(run: Run) -> dict[str, float]:
         sums = {name: sums.get(name, 0) + term / args.accumulate for name, term in terms.items()}
     run.scaler.unscale_(run.optimizer)
     # Release: the norm of the gradient is at most 12.
-    sums["grad_norm"] = nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], args.clip)
+    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -293,22 +264,13 @@ def train_step(run: Run) -> dict[str, float]:
     return dict(zip(sums, values.tolist()))
 
 
-def validate(run: Run, mirror_axes: Sequence[int] = ()) -> dict:
-    """Score the validation cases on the grids of their files, shared among the processes.
-
-    Args:
-        run: the run; its weights stay as they are.
-        mirror_axes: axes of (D, H, W); the predictions of all flips along them are averaged.
-    Returns:
-        `metrics.summarize`, the same in every process.
-    """
+def validate(run: Run, flips: tuple[int, ...] = ()) -> dict:
+    """Return `metrics.summarize` of the validation cases, predicted with flips along axes of (D, H, W)."""
     cases, scores = run.source.splits["val"], {}
-    options = {"device": run.device, "amp": run.args.amp, "mirror_axes": mirror_axes}
     run.model.eval()
     for case in tqdm(cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
         prepared = data.load_cached(case, run.plan, run.cache)
-        scores[case.name] = evaluate.score_case(run.model, case, prepared, **options)
-    run.model.train()
+        scores[case.name] = evaluate.score_case(run.model, case, prepared, run.device, run.args.amp, flips)
     if run.world > 1:
         parts = [None] * run.world
         dist.all_gather_object(parts, scores)
@@ -316,31 +278,25 @@ def validate(run: Run, mirror_axes: Sequence[int] = ()) -> dict:
     return metrics.summarize({case.name: scores[case.name] for case in cases}, run.plan.task.labels)
 
 
-# ------------------------------------------------------------------------------------------ what a run leaves
-
-
 def begin_log(run: Run) -> None:
     """Print a run's settings in five lines, write all to config.json, and keep the log of the epochs done."""
-    args, config, labels = run.args, run.model.config, run.plan.task.labels
+    args, config, splits = run.args, run.model.config, run.source.splits
     counts = model.count_parameters(run.model)
     counts["total"] = trained, frozen = tuple(map(sum, zip(*counts.values())))  # table 5
-    cases = [f"{len(run.source.splits[name])} {name}" for name in ("train", "val")]
     patch, encoder = (" x ".join(map(str, size)) for size in (config.patch_size, config.encoder_size))
-    per_step = (
-        f"{run.world} x {args.accumulate} x {args.batch_size} patches per step, {run.device}, amp {args.amp}"
-    )
     print(
-        f"data      {run.source.name} in {run.source.root}, cases: {', '.join(cases)}\n"
+        f"data      {run.source.name} in {run.source.root}, {config.num_classes} classes, "
+        f"{len(splits['train'])} training and {len(splits['val'])} validation cases\n"
         f"model     {config.sam}, {config.variant}, {trained:,} trained and {frozen:,} frozen parameters\n"
-        f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries, {len(labels)} classes\n"
-        f"schedule  {args.epochs} x {args.iterations} steps, {per_step}, rate {args.lr:g}\n"
+        f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries\n"
+        f"schedule  {args.epochs} x {args.iterations} steps, {run.world} x {args.accumulate} x "
+        f"{args.batch_size} patches per step, {run.device}, amp {args.amp}, rate {args.lr:g}\n"
         f"output    {run.folder}, where config.json has all settings"
     )
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
     content = {"model": dataclasses.asdict(config), "plan": run.plan.as_dict(), "sam": run.sam}
-    content |= {"command": command} | run.settings | {"parameters": counts}
+    content |= {"command": shlex.join([Path(sys.executable).name, *sys.argv]), "parameters": counts}
     run.folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(run.folder / "config.json", json.dumps(content, indent=1))
+    files.write_text(run.folder / "config.json", json.dumps(content | run.settings, indent=1))
     log = run.folder / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if run.first_epoch else []
     files.write_text(log, "".join(lines[: run.first_epoch]))
@@ -348,7 +304,10 @@ def begin_log(run: Run) -> None:
 
 def save(run: Run, entry: dict) -> None:
     """Write last.pt, a line of log.jsonl, and best.pt if the validation Dice is the best so far (Ours)."""
-    epoch, dice = entry["epoch"], entry["val_dice"]
+    epoch, dice, on_gpu = entry["epoch"], entry["val_dice"], run.device.type == "cuda"
+    # The largest memory so far is that of the GPU, or of this process on the CPU.
+    peak = torch.cuda.max_memory_allocated(run.device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    entry["gib"] = peak / 2**30
     content = model.checkpoint_content(run.model, run.sam, run.plan.as_dict()) | run.settings
     content |= {"epoch": epoch, "metrics": {"val_dice": dice}}
     if dice is not None and dice > run.best:
@@ -370,31 +329,22 @@ def draw(run: Run) -> None:
 
     pictures.draw_curves(run.folder / "log.jsonl", run.folder / "curves.png")
     cases, task, shown = run.source.splits["val"], run.plan.task, []
-    options = {"device": run.device, "amp": run.args.amp, "mirror_axes": task.flip_axes}
+    options = run.device, run.args.amp, task.flip_axes
     for case in cases[:: max(1, len(cases) // 3)][:3]:
         prepared = data.load_cached(case, run.plan, run.cache)
-        prediction = evaluate.predict_case([run.model.eval()], [prepared], **options)
+        prediction = evaluate.predict_case([run.model.eval()], [prepared], *options)
         image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(task.labels))[0]
         title = case.name + ("" if run.args.prompts == "auto" else f", boxes of {run.args.prompts}")
         shown.append(pictures.Picture(title, image, truth, prediction, prepared.geometry.spacing))
     pictures.draw_overlay(shown, task.labels, run.folder / "overlay.png")
-    print(f"wrote {run.folder}/best.pt, last.pt, config.json, log.jsonl, curves.png, overlay.png")
 
 
 def git_commit() -> str | None:
     """Return the commit of this code, with a "+" if files have changed since; None outside a repository."""
     command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
     with contextlib.suppress(OSError):
-        output = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-        return output.strip() or None
-    return None
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the largest memory so far in GiB, of the GPU or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() or None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -402,11 +352,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        on_gpu = torch.cuda.is_available() and args.device != "cpu"
-        if on_gpu:
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+    if world > 1 and torch.cuda.is_available() and args.device != "cpu":
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl")
+    elif world > 1:
+        dist.init_process_group("gloo")
     try:
         train(args, rank, local_rank, world)
     except (ValueError, OSError) as error:
