@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-from pathlib import Path
+import sys
 
 import pytest
 
-if "MASKSAM_TEST_CUDA" not in os.environ:  # before torch is imported
+if not any("test_cuda" in argument for argument in sys.argv):  # before torch is imported
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -17,13 +17,11 @@ from support.sam import BACKBONES, file_sha256
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path) -> Path:
+def small(monkeypatch, tmp_path):
     """Register "small": a pre-trained, hence frozen, SAM of `tiny`'s shapes, with its file."""
     path = tmp_path / "small.pth"
     torch.manual_seed(1)
     torch.save(wake_sam(BACKBONES["tiny"].build()).state_dict(), path)
-    entry = dataclasses.replace(
-        BACKBONES["tiny"], file=path.name, sha256=file_sha256(path), url=path.as_uri()
-    )
-    monkeypatch.setitem(BACKBONES, "small", entry)
+    file = {"file": path.name, "sha256": file_sha256(path), "url": path.as_uri()}
+    monkeypatch.setitem(BACKBONES, "small", dataclasses.replace(BACKBONES["tiny"], **file))
     return path

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import MaskSAMConfig, build_model, count_parameters
-from networks import tiny, wake, wake_encoder
+from networks import tiny, wake, wake_sam
 from prompt_generator import level_sizes
 from support.sam import BACKBONES
 from support.tiny_vit import WIDTHS, ConvNorm, TinyViT, WindowAttention
@@ -49,7 +49,7 @@ def test_published_file_loads_strictly_and_gives_the_published_features(name):
 def test_convolution_and_norm_are_one_operation_in_training_too(stride, groups):
     torch.manual_seed(0)
     layer = ConvNorm(8, 8, 3, stride, groups).double()
-    wake_encoder(layer)
+    wake_sam(layer)
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     expected = layer.bn.eval()(layer.c(x))
     for training in (True, False):
@@ -116,7 +116,7 @@ def test_levels_of_the_generator_are_the_pyramids_own_up_to_the_patch(name):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_training_mode_changes_nothing(name):
     net = tiny(sam=name)
-    wake_encoder(net.sam.image_encoder)
+    wake_sam(net.sam)
     image = torch.randn(2, 3, *net.config.encoder_size)
     with torch.no_grad():
         assert torch.equal(net.train().encode(image)[0], net.eval().encode(image)[0])
