@@ -20,6 +20,7 @@ from scipy.spatial import cKDTree
 
 from support.files import write_text
 
+Array = np.ndarray
 METRICS = ("dice", "hd95", "nsd")
 IN_TRUTH, IN_PREDICTION = 1, 2  # bits of "presence"
 IN_BOTH = IN_TRUTH | IN_PREDICTION
@@ -37,33 +38,21 @@ ABSENT = {
 CONVENTIONS = tuple(ABSENT)
 RESAMPLES = 1000  # Ours: number of bootstrap samples
 
-# --------------------------------------------------------------------------------------------------- one case
 
+def dice_per_class(prediction: Array, truth: Array, num_classes: int) -> Array:
+    """Return the Dice of the classes 1 to K-1 of two label maps (D, H, W).
 
-def dice_per_class(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the Dice of the classes 1 to K-1 of two label maps.
-
-    Args:
-        prediction: (D, H, W) int, ids 0 to K-1.
-        truth: same shape and ids.
-        num_classes: K.
-    Returns:
-        (K-1,) float64. A class in neither map has NaN, a class in only one of them has 0.
-    Raises:
-        ValueError: the shapes differ, or an id is not below K.
+    Returns: (K-1,) float64, NaN for a class in neither map, and 0 for a class in only one of them.
+    Raises: ValueError if the shapes differ, or an id is not below K.
     """
     if prediction.shape != truth.shape:
-        raise ValueError(
-            f"prediction: found shape {prediction.shape}, expected {truth.shape} as in the truth"
-        )
+        raise ValueError(f"prediction: found shape {prediction.shape}, expected {truth.shape} of the truth")
     for name, labels in (("prediction", prediction), ("truth", truth)):
         low, high = labels.min(initial=0), labels.max(initial=0)
         if low < 0 or high >= num_classes:
             raise ValueError(f"{name}: found labels {low} to {high}, expected 0 to {num_classes - 1}")
     confusion = np.zeros(num_classes**2, np.int64)  # (truth, prediction) pairs, counted
-    for predicted, true in zip(
-        prediction, truth
-    ):  # Slice by slice, because int64 pairs of a whole CT take 600 MB.
+    for predicted, true in zip(prediction, truth):  # by slices: int64 pairs of a whole CT take 600 MB
         pairs = true.astype(np.int64) * num_classes + predicted
         confusion += np.bincount(pairs.ravel(), minlength=num_classes**2)
     confusion = confusion.reshape(num_classes, num_classes)
@@ -71,7 +60,7 @@ def dice_per_class(prediction: np.ndarray, truth: np.ndarray, num_classes: int) 
     return 2 * confusion.diagonal()[1:] / np.where(sizes > 0, sizes, np.nan)[1:]
 
 
-def _surface(mask: np.ndarray) -> np.ndarray:
+def _surface(mask: Array) -> Array:
     """Return the voxels of a mask (D, H, W) that have a face neighbour outside the mask or the image."""
     inner = mask.copy()  # becomes the eroded mask, faster than with ndimage: medpy's definition of a surface
     for axis in range(mask.ndim):
@@ -82,7 +71,7 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     return mask & ~inner
 
 
-def _nearest_distances(voxels: np.ndarray, others: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+def _nearest_distances(voxels: Array, others: Array, spacing: Sequence[float]) -> Array:
     """Return the distance from each of n voxels to the nearest of other voxels: (n,), in any order."""
     # A k-d tree needs only the surface voxels, a distance transform fills the whole box. Without balancing
     # and tight boxes the tree is built fastest, and it stays fast where many voxels are equally near.
@@ -91,18 +80,16 @@ def _nearest_distances(voxels: np.ndarray, others: np.ndarray, spacing: Sequence
     return np.concatenate([np.zeros(np.count_nonzero(voxels & others)), distances])
 
 
-def _hd95_and_nsd(
-    mask: np.ndarray, other: np.ndarray, spacing: Sequence[float], tolerance: float, in_voxels: bool
-) -> tuple[float, float]:
+def _hd95_and_nsd(masks: Sequence[Array], spacing, tolerance: float, in_voxels: bool) -> tuple[float, float]:
     """Return HD95 and NSD of two masks (D, H, W) that are not empty.
 
     HD95 is the 95th percentile of the distances between both surfaces (`medpy.metric.binary.hd95`). NSD is
     the share of surface voxels within the tolerance of the other surface (Nikolov et al. 2018, counted as in
     MONAI's `compute_surface_dice`).
     """
-    pair = _surface(mask), _surface(other)
+    pair = [_surface(mask) for mask in masks]
 
-    def distances(unit: Sequence[float]) -> np.ndarray:  # of both directions pooled
+    def distances(unit: Sequence[float]) -> Array:  # of both directions pooled
         return np.concatenate([_nearest_distances(*pair, unit), _nearest_distances(*pair[::-1], unit)])
 
     in_mm = distances(spacing)
@@ -112,28 +99,17 @@ def _hd95_and_nsd(
 
 
 def score_maps(
-    prediction: np.ndarray,
-    truth: np.ndarray,
-    spacing: Sequence[float],
-    num_classes: int,
-    tolerance: float = 1.0,
-    convention: str = "masksam",
-    workers: int = 1,
-) -> dict[str, np.ndarray]:
+    prediction: Array, truth: Array, spacing, num_classes: int, tolerance=1.0, convention="masksam", workers=1
+) -> dict[str, Array]:
     """Return Dice, HD95 and NSD of the classes 1 to K-1 of one case, on the grid of its file.
 
     Args:
-        prediction: (D, H, W) uint8, ids 0 to K-1.
-        truth: same shape and ids.
+        prediction, truth: (D, H, W) uint8, ids 0 to K-1. num_classes: K.
         spacing: mm. NSD always uses it; HD95 of a foreign convention is in voxels.
-        num_classes: K.
         tolerance: of NSD in mm. Ours: 1 mm, because the paper reports no NSD.
-        convention: key of `ABSENT`.
-        workers: number of threads.
-    Returns:
-        dice, hd95, nsd: (K-1,) float64. presence: (K-1,) uint8, the sum of `IN_TRUTH` and `IN_PREDICTION`.
-    Raises:
-        ValueError: the shapes differ, an id is not below K, or the convention is unknown.
+        convention: key of `ABSENT`. workers: number of threads.
+    Returns: dice, hd95, nsd: (K-1,) float64. presence: (K-1,) uint8, bits `IN_TRUTH` and `IN_PREDICTION`.
+    Raises: ValueError if the shapes differ, an id is not below K, or the convention is unknown.
     """
     if convention not in ABSENT:
         raise ValueError(f"metric convention: found {convention!r}, expected one of {', '.join(CONVENTIONS)}")
@@ -150,7 +126,7 @@ def score_maps(
         # Cropping to the box around both changes no surface, because all around it is background.
         box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(true_box, other_box))
         pair = truth[box] == class_id, prediction[box] == class_id
-        hd95, nsd = _hd95_and_nsd(*pair, spacing, tolerance, in_voxels=convention != "masksam")
+        hd95, nsd = _hd95_and_nsd(pair, spacing, tolerance, in_voxels=convention != "masksam")
         return dice[class_id - 1], hd95, nsd, presence
 
     with ThreadPoolExecutor(workers) as pool:  # SciPy and NumPy release the GIL.
@@ -158,44 +134,36 @@ def score_maps(
     return dict(zip(METRICS, rows.T)) | {"presence": rows[:, 3].astype(np.uint8)}
 
 
-# -------------------------------------------------------------------------------------------------- all cases
-
-
-def summarize(
-    scores: dict[str, dict[str, np.ndarray]], labels: Sequence[str], scored: Sequence[int] = ()
-) -> dict:
+def summarize(scores: dict[str, dict], labels: Sequence[str], scored: Sequence[int] = ()) -> dict:
     """Average each class over the cases, then average the scored classes.
 
     Args:
         scores: case name -> result of `score_maps`, or some of its entries, the same for every case.
-        labels: names by id, with background.
-        scored: ids in the order of the paper's table; all classes if empty.
+        labels: names by id, with background. scored: ids in the order of the paper's table, or () for all.
     Returns:
         A dict for JSON, with None for NaN: "mean" {metric: value}; "interval" {metric: [low, high] of 95 %,
         None below two cases}; "scored" [name]; "per_case" {case: {name: {metric: value}}}; "per_class" {name:
         {metric: mean}} with the number of "cases" that have a Dice, and if the scores have a "presence", of
         those with the class in "neither" map, "only_truth" or "only_prediction".
-    Raises:
-        ValueError: there are no cases, or a scored id is not a class.
+    Raises: ValueError if there are no cases, or a scored id is not a class.
     """
     if not scores:
         raise ValueError("scores: found none, expected those of one case or more")
-    names = list(labels)[1:]
+    names, cases = list(labels)[1:], list(scores.values())
     columns = [class_id - 1 for class_id in scored] or list(range(len(names)))
     if not set(columns) <= set(range(len(names))):
         raise ValueError(f"scored classes: found {tuple(scored)}, expected ids from 1 to {len(names)}")
-    cases = list(scores.values())
     values = {metric: np.stack([case[metric] for case in cases]) for metric in METRICS if metric in cases[0]}
-    classes = next(iter(values.values())).shape[1]
-    if classes != len(names):
-        raise ValueError(f"scores: found {classes} classes, expected {len(names)}: {', '.join(names)}")
-    counts = {"cases": (~np.isnan(next(iter(values.values())))).sum(0)}
+    known = ~np.isnan(next(iter(values.values())))  # (cases, classes)
+    if known.shape[1] != len(names):
+        raise ValueError(f"scores: found {known.shape[1]} classes, expected {len(names)}: {', '.join(names)}")
+    counts = {"cases": known.sum(0)}
     if "presence" in cases[0]:
         presence = np.stack([case["presence"] for case in cases])
         states = {"neither": 0, "only_truth": IN_TRUTH, "only_prediction": IN_PREDICTION}
         counts |= {key: (presence == state).sum(0) for key, state in states.items()}
 
-    def by_class(columns: dict[str, np.ndarray]) -> dict[str, dict]:
+    def by_class(columns: dict[str, Array]) -> dict[str, dict]:
         return {name: dict(zip(columns, map(plain, row))) for name, row in zip(names, zip(*columns.values()))}
 
     return {
@@ -212,18 +180,18 @@ def plain(value: np.number) -> float | int | None:
     return None if np.isnan(value) else value.item()
 
 
-def known_mean(values: np.ndarray, axis: int) -> np.ndarray:
+def known_mean(values: Array, axis: int) -> Array:
     """Return the mean without NaN along an axis, and NaN where all are NaN (np.nanmean warns there)."""
     known = ~np.isnan(values)
     return np.where(known, values, 0).sum(axis) / np.where(known.any(axis), known.sum(axis), np.nan)
 
 
-def _class_mean(values: np.ndarray) -> np.ndarray:
+def _class_mean(values: Array) -> Array:
     """Average (..., cases, classes) over the cases of each class, then over the classes: (...)."""
     return known_mean(known_mean(values, -2), -1)
 
 
-def _interval(values: np.ndarray) -> list[float] | None:
+def _interval(values: Array) -> list[float] | None:
     """Return the 95 % bootstrap interval [low, high] of the class mean of (cases, classes)."""
     values = values[~np.isnan(values).all(1)]  # A case without any of the classes does not affect their mean.
     if len(values) < 2:
@@ -232,48 +200,42 @@ def _interval(values: np.ndarray) -> list[float] | None:
     return np.percentile(_class_mean(values[draws]), (2.5, 97.5)).tolist()
 
 
-# ------------------------------------------------------------------------------------------- tables and files
-
-
 def print_table(results: dict) -> None:
     """Print the scored classes in the paper's order, the other classes, and the mean of the scored ones.
 
-    Args:
-        results: of `summarize`, and if known "tolerance_mm", "convention", "prompts" and "baseline".
+    Results are of `summarize`, and if known they have "tolerance_mm", "convention", "prompts" and "baseline".
     """
     ours = results.get("convention", "masksam") == "masksam"
     tolerance = f" {results['tolerance_mm']:g} mm" if "tolerance_mm" in results else ""
     titles = {"dice": "Dice", "worst": "worst", "best": "best", "hd95": "HD95 mm" if ours else "HD95 voxels"}
     titles |= {"nsd": f"NSD{tolerance}", "cases": "cases", "only_truth": "missed", "only_prediction": "false"}
     rows = dict(results["per_class"])
-    if "dice" in results["mean"]:
-        for name in rows:
-            dice = [case[name]["dice"] for case in results["per_case"].values()]
-            dice = [value for value in dice if value is not None]
-            rows[name] = rows[name] | {"worst": min(dice, default=None), "best": max(dice, default=None)}
+    for name in rows if "dice" in results["mean"] else ():
+        dice = [case[name]["dice"] for case in results["per_case"].values()]
+        dice = [value for value in dice if value is not None]
+        rows[name] = rows[name] | {"worst": min(dice, default=None), "best": max(dice, default=None)}
     titles = {key: title.rjust(6) for key, title in titles.items() if key in next(iter(rows.values()))}
     width = max(map(len, [*rows, "95 % from"]))
-    rule = "-" * (width + sum(len(title) + 2 for title in titles.values()))
 
     def line(name: str, values: dict) -> str:
         cells = []
         for key, title in titles.items():
-            value = values.get(key)
+            value = values.get(key, "")
             digits = 0 if isinstance(value, int) else 2 if key == "hd95" else 4
-            cell = "" if key not in values else "-" if value is None else f"{value:.{digits}f}"
+            cell = value if value == "" else "-" if value is None else f"{value:.{digits}f}"
             cells.append(cell.rjust(len(title)))
         return "  ".join([name.ljust(width), *cells]).rstrip()
 
+    rule = "-" * (width + sum(len(title) + 2 for title in titles.values()))
     others = [line(name, rows[name]) for name in rows if name not in results["scored"]]
     lines = ["  ".join(["class".ljust(width), *titles.values()])]
     lines += [line(name, rows[name]) for name in results["scored"]]
     lines += [*([rule] if others else []), *others, rule, line("mean", results["mean"])]
-    if intervals := {metric: ends for metric, ends in results["interval"].items() if ends}:
-        for end, name in enumerate(("95 % from", "to")):
-            lines.append(line(name, {metric: ends[end] for metric, ends in intervals.items()}))
-    if results.get("prompts", "auto") != "auto":
-        origin = "the truth" if results["prompts"] == "gt" else results["prompts"]
-        model = results.get("baseline", "the model")
+    intervals = {metric: ends for metric, ends in results["interval"].items() if ends}
+    for end, name in enumerate(("95 % from", "to") if intervals else ()):
+        lines.append(line(name, {metric: ends[end] for metric, ends in intervals.items()}))
+    if (origin := results.get("prompts", "auto")) != "auto":
+        origin, model = "the truth" if origin == "gt" else origin, results.get("baseline", "the model")
         lines.append(f"Not automatic: {model} was given the boxes of {origin}.")
     if not ours:
         lines.append(f"As {results['convention']} scores (HD95 in voxels): never compare with our columns.")
@@ -283,14 +245,8 @@ def print_table(results: dict) -> None:
 def write_metrics(folder: Path, results: dict, suffix: str = "") -> None:
     """Write metrics.json with all results, and metrics.csv with a row per case and class and then the means.
 
-    Undefined values are null and empty. With a foreign convention the files are called metrics-<convention>.
-
-    Args:
-        folder: existing folder.
-        results: of `summarize`, and anything else that should be kept.
-        suffix: addition to the names, for results with given boxes.
-    Raises:
-        ValueError: a result is NaN, which JSON does not have.
+    Undefined values are null and empty; NaN is a ValueError. The names get the suffix for given boxes, and
+    with a foreign convention end in -<convention>.
     """
     convention = results.get("convention", "masksam")
     stem = f"metrics{suffix}" + ("" if convention == "masksam" else f"-{convention}")
