@@ -90,13 +90,10 @@ def decoder_inputs(net: MaskSAM) -> dict[str, Tensor]:
     return {name: torch.randn(*shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-CHANGES = [{"variant": variant} for variant in ("b1", "b6", "b7", "b9")] + [
-    {"patch_size": (1, 32, 32)},
-    {"num_queries": 1},
-]
+CHANGES = [{"variant": "b1"}, {"variant": "b6"}, {"variant": "b7"}, {"patch_size": (1, 32, 32)}]
 
 
-@pytest.mark.parametrize("changes", [*CHANGES, {"encoder_size": (48, 80)}, {"sam": "lite_medsam"}], ids=str)
+@pytest.mark.parametrize("changes", [*CHANGES, {"num_queries": 1}, {"sam": "lite_medsam"}], ids=str)
 def test_every_variant_starts_as_sams_encoder_and_decoder_image_by_image(changes):
     net = awake(**changes)
     image = torch.randn(2 * net.config.patch_size[0], 3, *net.config.encoder_size, dtype=torch.float64)
