@@ -17,9 +17,8 @@ close = torch.testing.assert_close
 
 
 def rows(depth: int = D) -> Tensor:
-    return torch.randn(
-        B * depth * N, H, W, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(B * depth * N, H, W, C, dtype=torch.float64, generator=generator)
 
 
 def randomised(module: nn.Module) -> nn.Module:

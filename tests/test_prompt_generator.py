@@ -8,7 +8,7 @@ from prompt_generator import GivenBoxes, PromptGenerator, level_sizes, resize
 
 S, N, DIM, TAPS = 3, 4, 32, [8, 16, 24, 40]  # different widths, so that no tap can take the place of another
 GRID, PATCH, MASK = (4, 6), (30, 44), (16, 24)
-close, start = torch.testing.assert_close, torch.tensor([0.25, 0.25, 0.75, 0.75])
+close = torch.testing.assert_close
 
 
 def generator(form: str = "d", mask_prompt: str = "logits", grid=GRID, patch=PATCH) -> PromptGenerator:
@@ -49,17 +49,14 @@ def test_each_form_makes_what_it_needs_and_the_final_loss_reaches_its_heads(form
     boxes, masks = module.prompts(out, MASK)
     # Any function of the prompts with a gradient everywhere stands for SAM's decoder and the final loss.
     (boxes.square().sum() + (0 if masks is None else masks.square().sum())).backward()
-    assert all(
-        p.grad is not None and p.grad.any() for head in heads for p in getattr(module, head).parameters()
-    )
+    assert all(p.grad.any() for head in heads for p in getattr(module, head).parameters())
 
 
 @pytest.mark.parametrize("grid, patch", [(GRID, PATCH), ((8, 8), (5, 9)), ((1, 1), (16, 16))])
 def test_predictions_have_the_patch_size_whatever_the_grid(grid, patch):
-    shapes = {
-        key: value.shape for key, value in run(generator(grid=grid, patch=patch), features(grid)).items()
-    }
-    assert shapes == {"aux_mask_logits": (S, N, *patch), "aux_boxes": (S, N, 4), "class_tokens": (S, N, DIM)}
+    out = run(generator(grid=grid, patch=patch), features(grid))
+    sizes = {"aux_mask_logits": patch, "aux_boxes": (4,), "class_tokens": (DIM,)}
+    assert {key: tuple(x.shape) for key, x in out.items()} == {key: (S, N, *sizes[key]) for key in sizes}
 
 
 @pytest.mark.parametrize("source", range(5))
@@ -72,31 +69,26 @@ def test_the_neck_and_each_tap_reach_all_predictions_of_their_slice_and_of_no_ot
         assert change[1].min() > 1e-5 and change[[0, 2]].max() < 1e-12, key
 
 
-@pytest.mark.parametrize("scale, bias", [(1.0, 0.0), (1e6, 0.0), (0.0, 50.0), (1e3, 1e4)])
-def test_boxes_are_ordered_and_inside_for_extreme_inputs(scale, bias):
+@pytest.mark.parametrize("scale, bias", [(1e6, 0.0), (1e3, 1e4)])
+def test_boxes_start_around_the_centre_and_are_a_corner_and_a_fraction_of_the_rest(scale, bias):
     module = generator()
-    module.box_head[-1].bias.data += bias * torch.randn(4 * N)
-    boxes = run(module, features(scale=scale))["aux_boxes"]
-    assert (boxes >= 0).all() and (boxes <= 1).all() and (boxes[..., :2] <= boxes[..., 2:]).all()
-
-
-def test_boxes_start_around_the_centre_and_are_a_corner_and_a_fraction_of_the_rest():
-    module = generator()
-    module.box_head[-1].weight.data.zero_()
+    weight, offset = module.box_head[-1].weight.data, module.box_head[-1].bias.data
+    start, kept = torch.tensor([0.25, 0.25, 0.75, 0.75]), weight.clone()
+    weight.zero_()
     close(run(module)["aux_boxes"], start.expand(S, N, 4))
-    module.box_head[-1].bias.data.view(N, 4)[2] = torch.tensor([0.1, 0.6, 0.5, 0.25]).logit()
+    offset.view(N, 4)[2] = torch.tensor([0.1, 0.6, 0.5, 0.25]).logit()
     boxes = run(module)["aux_boxes"]  # query 2 moves as a whole, and alone
     close(boxes[:, 2], torch.tensor([0.1, 0.6, 0.1 + 0.9 * 0.5, 0.6 + 0.4 * 0.25]).expand(S, 4))
     close(boxes[:, [0, 1, 3]], start.expand(S, 3, 4))
+    weight.copy_(kept)
+    offset += bias * torch.randn(4 * N)
+    boxes = run(module, features(scale=scale))["aux_boxes"]  # ordered and inside for extreme inputs
+    assert (boxes >= 0).all() and (boxes <= 1).all() and (boxes[..., :2] <= boxes[..., 2:]).all()
 
 
 LEARNED = [[0.4, 0.6, 0.8, 1.0], [0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.6, 0.7]]
 RECTANGLE, WHOLE = [0.2, 0.2, 0.8, 0.5], [0.0, 0.0, 1.0, 1.0]
-MEAN = [
-    [0.3, 0.4, 0.8, 0.75],
-    LEARNED[1],
-    [0.25, 0.25, 0.8, 0.85],
-]  # the learned box alone for the empty mask
+MEAN = [[0.3, 0.4, 0.8, 0.75], LEARNED[1], [0.25, 0.25, 0.8, 0.85]]  # the learned box if a mask is empty
 EXPECTED = {"a": [RECTANGLE, WHOLE, WHOLE], "b": LEARNED, "c": LEARNED, "d": MEAN}
 
 
@@ -116,18 +108,14 @@ def test_prompts_of_each_form_of_figure_5(form):
         assert torch.equal(masks, resize(logits, (5, 10))) and torch.equal(binary, (masks > 0).float())
 
 
-def test_binary_mask_prompts_cut_the_mask_head_off_but_not_the_box_head():
-    module = generator("d", "binary")
-    boxes, masks = module.prompts(run(module), MASK)
-    boxes.sum().backward()
-    assert not masks.requires_grad and all(p.grad.any() for p in module.box_head.parameters())
-
-
-def test_boxes_and_prompts_are_float32_under_autocast():
-    module = generator()  # bfloat16 keeps 8 bits: the corner of a box of 1024 pixels would be off by four
+def test_prompts_are_float32_under_autocast_and_binary_masks_cut_off_the_mask_head_alone():
+    module = generator("d", "binary")  # bfloat16 keeps 8 bits: a corner in 1024 pixels would be off by four
     with torch.autocast("cpu", dtype=torch.bfloat16):
         aux = run(module)
-    assert {x.dtype for x in (aux["aux_boxes"], *module.prompts(aux, MASK))} == {torch.float32}
+    boxes, masks = module.prompts(aux, MASK)
+    assert {x.dtype for x in (aux["aux_boxes"], boxes, masks)} == {torch.float32}
+    boxes.sum().backward()
+    assert not masks.requires_grad and all(p.grad.any() for p in module.box_head.parameters())
 
 
 def test_a_given_box_goes_to_the_query_of_its_class_with_its_label_and_its_segment_is_asked_for():
@@ -138,9 +126,7 @@ def test_a_given_box_goes_to_the_query_of_its_class_with_its_label_and_its_segme
     assert not given.boxes[0, 2:].any() and not given.boxes[1].any()
     rest, first, second = [True, False, False, True], [False, True, False, True], [False, False, True, True]
     assert given.allowed.tolist() == [[first, second, rest, rest, rest], [rest] * 5]
-    assert given.asked.tolist() == [[True, True, True], [True, False, False]], (
-        "background is always asked for"
-    )
+    assert given.asked.tolist() == [[True, True, True], [True, False, False]], "background always is"
     logits = given.restrict(torch.zeros(2, 5, 4, dtype=torch.float16))
     assert torch.equal(logits == 0, given.allowed) and logits.isfinite().all() and logits.min() < -9000
 
@@ -154,12 +140,3 @@ def test_a_given_box_replaces_the_generated_one_and_no_other(form):
     assert (boxes != own_boxes).any(-1).nonzero().tolist() == [[1, 2]]
     close(boxes[1, 2], torch.tensor(RECTANGLE))
     assert form == "b" or torch.equal(masks, own_masks)
-
-
-@pytest.mark.parametrize("form", "ad")
-def test_every_tensor_is_made_on_the_device_of_the_input(form):
-    given = GivenBoxes.from_label_map(torch.zeros(S, 10, 20, device="meta"), 4, N)
-    module = generator(form).to("meta")
-    boxes, _ = module.prompts(run(module, [x.to("meta") for x in features()]), MASK, given)
-    logits = given.restrict(torch.zeros(S, N, 5, device="meta"))
-    assert boxes.is_meta and logits.is_meta and given.asked.is_meta
