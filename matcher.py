@@ -191,8 +191,8 @@ class SetCriterion(nn.Module):
         present = segments.present & outputs["asked"] if "asked" in outputs else segments.present
         terms = pairwise_terms(outputs, segments)
         assigned = self.matcher(terms, present)  # (S, N, K) bool, sigma
-        # Divide by (all segments / ranks). DDP then averages over the ranks, so that the result is the sum over
-        # all slices, divided by all segments.
+        # Divide by (all segments / ranks). DDP then averages over the ranks, so that the result is the sum
+        # over all slices, divided by all segments.
         # Ours: the class term too is divided by that; the release divides it by the sum of its class weights.
         count, ranks = present.sum().float(), 1
         if dist.is_available() and dist.is_initialized():

@@ -58,14 +58,13 @@ def drawing() -> str:
 
 
 def symbols(file: str) -> set[str]:
-    """Names that a file defines at its top, and `Class.method`."""
-    names = set()
+    """Names that a file defines at its top, and `Class.method`; the file's own stem stands for its header."""
+    names = {Path(file).stem}
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
-            names |= {
-                f"{node.name}.{child.name}" for child in ast.walk(node) if isinstance(child, ast.FunctionDef)
-            }
+            inner = (child for child in ast.walk(node) if isinstance(child, ast.FunctionDef))
+            names |= {f"{node.name}.{child.name}" for child in inner}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
@@ -82,12 +81,9 @@ def places_of(mark: str) -> set[tuple[str, str]]:
             if re.search(rf"\b{mark}\b", line) and "MaskSAM (Ours)" not in line:
                 # A comment above a definition belongs to it: the first node that ends at or after the line.
                 node = next(node for node in nodes if node.end_lineno >= number)
-                target = node.targets[0] if isinstance(node, ast.Assign) else None
-                first = (
-                    next((n.id for n in ast.walk(target) if isinstance(n, ast.Name)), "") if target else ""
-                )
-                own = first or getattr(node, "name", script.stem)
-                places.add((f"{name_of(script)}.py", own))
+                target = ast.walk(node.targets[0]) if isinstance(node, ast.Assign) else ()
+                names = [child.id for child in target if isinstance(child, ast.Name)]
+                places.add((f"{name_of(script)}.py", [*names, getattr(node, "name", script.stem)][0]))
     return places
 
 
@@ -98,24 +94,14 @@ def test_the_top_level_is_the_card_and_nothing_else():
     assert {path.stem for path in ROOT.glob("*.py")} == set(TOP)
 
 
-def test_imports_point_down_only():
+def test_imports_point_down_only_and_in_no_circle():
     floor = {name: i for i, names in enumerate(FLOORS) for name in names}
-    for script in SCRIPTS:
-        name, used = name_of(script), imports(script)
-        if name.startswith("support/"):
-            assert all(other.startswith("support/") for other in used), (name, used)
-        else:
-            wrong = {o for o in used if not o.startswith("support/") and floor[o] <= floor[name]}
-            # Tools may share code with each other; everything else looks at a lower floor only.
-            assert not {o for o in wrong if not (o.startswith("tools/") and name.startswith("tools/"))}, (
-                name,
-                wrong,
-            )
-
-
-def test_there_are_no_circles():
-    graph = {name_of(script): imports(script) for script in SCRIPTS}
-    done: set[str] = set()
+    graph, done = {name_of(script): imports(script) for script in SCRIPTS}, set()
+    for name, used in graph.items():
+        above = {other for other in used if not other.startswith("support/")}
+        assert not (name.startswith("support/") and above), (name, above)
+        wrong = {other for other in above if floor[other] <= floor[name]}
+        assert all(other.startswith("tools/") and name.startswith("tools/") for other in wrong), (name, wrong)
     while len(done) < len(graph):
         ready = {name for name, used in graph.items() if name not in done and used <= done}
         assert ready, f"a circle among {sorted(graph.keys() - done)}"
@@ -130,17 +116,18 @@ def test_training_needs_matplotlib_only_when_it_draws():
 
 
 def test_the_model_is_met_at_once():
-    text = (ROOT / "model.py").read_text()
-    nodes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
-    assert next(iter(nodes.values())).lineno < 60  # the first layer
-    assert nodes["MaskSAM"].end_lineno <= 260 and text.count("\n") <= 430
+    nodes = ast.parse((ROOT / "model.py").read_text()).body
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    assert next(iter(classes.values())).lineno < 60 and classes["MaskSAM"].end_lineno <= 250
 
 
 def test_sizes_stay_within_the_budget():
     lines = {name_of(script): script.read_text().count("\n") for script in SCRIPTS}
-    assert sum(lines[name] for name in TOP[:4]) <= 1050
-    assert sum(lines.values()) <= 5000
+    assert sum(lines[name] for name in TOP[:4]) <= 1050 and sum(lines.values()) <= 5000
     assert sum(path.read_text().count("\n") for path in ROOT.glob("tests/*.py")) <= 3500
+    functions = [(s.stem, n) for s in SCRIPTS for n in ast.walk(ast.parse(s.read_text()))
+                 if isinstance(n, ast.FunctionDef) and n.name != "parse_arguments"]  # fmt: skip
+    assert not [(stem, n.name) for stem, n in functions if n.end_lineno - n.lineno > 45]
 
 
 # ------------------------------------------------------------------------------------- pages against the code
