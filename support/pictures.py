@@ -1,12 +1,12 @@
 """Draw runs, label maps and queries: arrays go in, a PNG file comes out (paper fig. 1, 6, 7).
 
-    log.jsonl           ── draw_curves ───> losses and validation Dice over the epochs
-    pictures of cases   ── draw_overlay ──> some slices of each case, with contours or errors (fig. 6, 7)
-    a slice, its queries ─ draw_queries ──> the prompts of each query above its final mask (fig. 1)
-
 Volumes are in RAS orientation: the rows of a slice run to the patient's front and are drawn upwards, the
 columns run to the patient's right and are drawn rightwards. Only this file imports matplotlib. Ours: all
 sizes, all colours, and the choice of slices and windows.
+
+    log.jsonl           ── draw_curves ───> losses and validation Dice over the epochs
+    pictures of cases   ── draw_overlay ──> some slices of each case, with contours or errors (fig. 6, 7)
+    a slice, its queries ─ draw_queries ──> the prompts of each query above its final mask (fig. 1)
 """
 
 import itertools
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from support.files import write_whole
 
 matplotlib.use("Agg")  # write files, open no window
-import matplotlib.pyplot as plt  # noqa: E402
 
 NUM_SLICES = 3  # drawn of each case
 PANEL = 2.1  # side of a panel in inches
@@ -60,22 +60,17 @@ def _save(figure: plt.Figure, path: str | Path) -> None:
 
 
 def draw_curves(log_path: str | Path, path: str | Path) -> None:
-    """Draw the losses, and the validation Dice by class, over the epochs of a run.
-
-    Args:
-        log_path: log.jsonl of train.py.
-        path: PNG to write.
-    """
+    """Draw the losses, and the validation Dice by class, over the epochs of a run's log.jsonl to a PNG."""
     log = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
+    scored = [entry for entry in log if entry["val_dice"] is not None]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     epochs = [entry["epoch"] for entry in log]
     for name in (key for key in log[0] if key.startswith("loss")):
         style = {"color": "black", "linewidth": 2} if name == "loss" else {}
-        style["label"] = name.removeprefix("loss_").replace("_", " ")
-        left.plot(epochs, [entry[name] for entry in log], **style)
+        label = name.removeprefix("loss_").replace("_", " ")
+        left.plot(epochs, [entry[name] for entry in log], label=label, **style)
     left.set(xlabel="epoch", title="training loss, and its terms before weighting", yscale="log")
     left.legend(fontsize=7, ncols=2)
-    scored = [entry for entry in log if entry["val_dice"] is not None]
     epochs = [entry["epoch"] for entry in scored]
     right.plot(epochs, [entry["val_dice"] for entry in scored], "k.-", label="mean")
     for label in scored[-1]["val_dice_per_class"] if scored else ():
@@ -83,22 +78,14 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
         right.plot(epochs, np.array(dice, np.float64), ".-", label=label, linewidth=1)  # None becomes a gap
     right.set(xlabel="epoch", title="Dice of whole validation cases", ylim=(0, 1))
     right.grid(alpha=0.3)
-    if scored:
-        right.legend(fontsize=7)
+    right.legend(fontsize=7)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)  # epochs
     _save(figure, path)
 
 
-# ---------------------------------------------------------------------------- truth and prediction, fig. 6, 7
-
-
 def choose_slices(truth: np.ndarray, prediction: np.ndarray, worst: bool = False) -> list[int]:
-    """Choose slices that are spread evenly over those with a label in the truth or in the prediction.
-
-    Args:
-        truth: (D, H, W) class ids.
-        prediction: (D, H, W) class ids.
-        worst: whether the slice with most wrong voxels replaces the chosen slice that is nearest to it.
-    """
+    """Choose slices evenly among the labelled; with `worst`, that of most errors replaces the nearest one."""
     labelled = (truth > 0) | (prediction > 0)
     filled = np.flatnonzero(labelled.any((1, 2)) | ~labelled.any())  # all slices of a case without any label
     chosen = {int(filled[round(place * (len(filled) - 1))]) for place in np.linspace(0.15, 0.85, NUM_SLICES)}
@@ -109,40 +96,23 @@ def choose_slices(truth: np.ndarray, prediction: np.ndarray, worst: bool = False
     return sorted(chosen)
 
 
-def find_errors(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Return 0 for each voxel where two label maps agree, else 1, 2 or 3 in the order of `ERRORS`.
-
-    A false positive is background in the truth, a false negative is background in the prediction.
-    """
-    return np.select([truth == prediction, truth == 0, prediction == 0], [0, 1, 2], 3)
-
-
 def draw_overlay(
-    pictures: Sequence[Picture | tuple],
-    labels: Sequence[str],
-    path: str | Path,
-    panels: Sequence[str] = ("truth", "prediction"),
-    one_row: bool = True,
-    worst: bool = False,
+    pictures: Sequence, labels: Sequence[str], path, panels=("truth", "prediction"), one_row=True, worst=False
 ) -> None:
     """Draw some slices of some cases; all slices of a case show one window at one scale.
 
     Args:
-        pictures: the cases, or tuples of their fields.
-        labels: class names by id; 0 is the background.
-        path: PNG to write.
+        labels: class names by id; 0 is the background. path: PNG to write. worst: see `choose_slices`.
         panels: the panels of a slice, out of "image", "truth", "prediction" and "errors".
         one_row: whether the slices of a case stand beside each other, instead of below each other.
-        worst: see `choose_slices`.
     """
-    pictures = [_stretch(Picture(*picture)) for picture in pictures]
+    pictures = [_stretch(picture) for picture in pictures]
     slices = [choose_slices(picture.truth, picture.prediction, worst) for picture in pictures]
     most, colours = max(map(len, slices)), _colours(labels)
     rows, columns = (1, most * len(panels)) if one_row else (most, len(panels))
     size = (PANEL * columns, ((PANEL + 0.2) * rows + 0.3) * len(pictures))
     figure = plt.figure(figsize=size, layout="constrained")
-    parts = figure.subfigures(len(pictures), squeeze=False).flat
-    for part, picture, chosen in zip(parts, pictures, slices):
+    for part, picture, chosen in zip(figure.subfigures(len(pictures), squeeze=False).flat, pictures, slices):
         part.suptitle(picture.name, fontsize=10, fontweight="bold")
         axes = part.subplots(rows, columns, squeeze=False)
         for axis in axes.flat:
@@ -169,27 +139,19 @@ def _window(filled: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> tuple[
     return tuple(window)
 
 
-# -------------------------------------------------------------------------------------------- queries, fig. 1
-
-
 def draw_queries(
     picture: Picture, queries: Sequence[Query], labels: Sequence[str], path: str | Path, columns: int = 7
 ) -> None:
-    """Draw truth and prediction of a slice, then for each query its prompts above its final mask.
+    """Draw truth and prediction of a slice (D is 1), then for each query its prompts above its final mask.
 
-    Args:
-        picture: one slice, so that D is 1.
-        queries: the queries to draw, in this order.
-        labels: class names by id; 0 is the background.
-        path: PNG to write.
-        columns: number of columns; further queries go below.
+    Further queries than there are `columns` go below. labels: class names by id. path: PNG to write.
     """
     picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
     whole = (slice(0, height), slice(0, width))
     bands = -(-(len(queries) + 1) // columns)  # the first place holds truth and prediction
     columns = min(columns, max(2, len(queries) + 1))
-    size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3)
-    figure, axes = plt.subplots(2 * bands, columns, figsize=size, layout="constrained", squeeze=False)
+    options = {"figsize": (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3), "layout": "constrained"}
+    figure, axes = plt.subplots(2 * bands, columns, squeeze=False, **options)
     for axis in axes.flat:
         axis.axis("off")
     for axis, panel in zip(axes[:2, 0], ("truth", "prediction")):
@@ -214,9 +176,6 @@ def draw_queries(
     figure.suptitle(picture.name, fontsize=10, fontweight="bold")
     _draw_legend(figure, labels, colours, BOX)
     _save(figure, path)
-
-
-# ------------------------------------------------------------------------------------------- parts of a panel
 
 
 def _colours(labels: Sequence[str]) -> list:
@@ -244,7 +203,8 @@ def _draw_panel(axis: plt.Axes, picture: Picture, d: int, panel: str, window: tu
         for class_id in np.unique(label_map[label_map > 0]):
             _draw_contour(axis, label_map == class_id, colours[class_id])
     if panel == "errors":
-        errors = find_errors(truth, prediction)
+        # 0 where both agree, else 1, 2 or 3 in the order of `ERRORS`.
+        errors = np.select([truth == prediction, truth == 0, prediction == 0], [0, 1, 2], 3)
         _draw_contour(axis, truth > 0, "white", 0.6)
         colour = matplotlib.colors.to_rgba_array(["none", *ERRORS.values()])
         axis.imshow(colour[errors], origin="lower", aspect=aspect)

@@ -1,14 +1,11 @@
 """Draw predictions beside the truth, and the prompts and masks of the queries (paper fig. 1, 6, 7).
 
+Each command writes one PNG: image, truth, prediction and errors of some cases; the worst, the median and the
+best case that evaluate.py scored; the prompts and the masks of the queries in one slice.
+
     python -m tools.visualize compare --predictions DIR --data acdc --root DIR
     python -m tools.visualize sheet --predictions DIR
     python -m tools.visualize queries --ckpt FILE --case NAME
-
-    compare   image, truth, prediction and errors of some cases
-    sheet     the worst, the median and the best case that evaluate.py scored
-    queries   the prompts and the final masks of one slice
-
-Each command writes one PNG. support/pictures.py draws it.
 """
 
 import os
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import data
 import evaluate
@@ -36,139 +34,97 @@ NUM_CASES = 3  # Ours: cases that "compare" draws by default
 
 
 @torch.no_grad()
-def find_queries(model: MaskSAM, patch: torch.Tensor, index: int) -> tuple[list[Query], np.ndarray]:
-    """Find the queries of one slice that are not "no object", the most probable first.
-
-    Args:
-        model: in evaluation mode, on the CPU.
-        patch: (C, D, H, W), normalised.
-        index: the slice in the patch.
-    Returns:
-        The queries, and the label map (H, W) that all of them give together.
-    """
+def find_queries(model: MaskSAM, patch: Tensor, index: int) -> tuple[list[Query], np.ndarray]:
+    """Return a slice's queries that are not "no object", the most probable first, and its label map (H, W)."""
     outputs = model(patch[None])
     boxes, _ = model.prompt_generator.prompts(outputs, outputs["mask_logits"].shape[-2:], None)  # (D, N, 4)
     logits = resize(outputs["mask_logits"], patch.shape[-2:])  # (D, N, H, W)
     label_map = semantic_map(outputs["class_logits"], logits)[index].argmax(0).numpy()
     probabilities, class_ids = outputs["class_logits"][index].softmax(-1).max(-1)  # (N,) each
+    masks, aux_masks = logits[index].sigmoid(), outputs.get("aux_mask_logits")
     found = []
     for n in probabilities.argsort(descending=True).tolist():
         if class_ids[n] < model.config.num_classes:  # the last class is "no object"
-            aux = (
-                outputs["aux_mask_logits"][index, n].sigmoid().numpy()
-                if "aux_mask_logits" in outputs
-                else None
-            )
-            mask, box = logits[index, n].sigmoid().numpy(), boxes[index, n].numpy()
-            found.append(Query(n, int(class_ids[n]), float(probabilities[n]), box, aux, mask))
+            aux = None if aux_masks is None else aux_masks[index, n].sigmoid().numpy()
+            prompts = (boxes[index, n].numpy(), aux)
+            found.append(Query(n, int(class_ids[n]), float(probabilities[n]), *prompts, masks[n].numpy()))
     return found, label_map
 
 
-def cut_window(
-    prepared: data.Prepared, d: int, size: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Cut the patch that is centred on slice d and on its labels, inside the volume where it fits.
-
-    Args:
-        prepared: a case.
-        d: slice on the grid of the prepared case.
-        size: (D, H, W) of the patch.
-    Returns:
-        image (C, D, H, W), label (D, H, W), and the index of slice d in them.
-    """
+def cut_window(prepared: data.Prepared, d: int, size: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+    """Cut a patch around slice d and its labels: image (C, D, H, W), label (D, H, W), and the index of d."""
     shape = prepared.image.shape[1:]
     label = np.zeros(shape, np.uint8) if prepared.label is None else prepared.label
     filled = np.argwhere(label[d] > 0)
     centre = (d, *(filled.mean(0) if len(filled) else np.array(shape[1:]) / 2))
-    spare = [n - p for n, p in zip(shape, size)]
+    spare = [n - p for n, p in zip(shape, size)]  # the patch stays inside the volume where it fits
     low = [min(max(int(c) - p // 2, 0), s) if s > 0 else s // 2 for c, p, s in zip(centre, size, spare)]
     return *data.cut(prepared.image, label, prepared.image.min((1, 2, 3)), low, size), d - low[0]
 
 
 def rank_cases(results: dict) -> dict[str, str]:
-    """Find the worst, the median (the lower of two) and the best case by the mean Dice of the scored classes.
-
-    Args:
-        results: content of metrics.json. A case without any scored class has no rank.
-    Returns:
-        case -> title, the worst first; fewer than three if there are fewer cases.
-    """
-
-    def mean(case: str, metric: str) -> float:
-        values = [results["per_case"][case][name][metric] for name in results["scored"]]
-        return float(known_mean(np.array(values, np.float64), 0))  # None becomes NaN
-
-    dice = {case: mean(case, "dice") for case in results["per_case"]}
-    ranked = sorted((case for case in dice if not np.isnan(dice[case])), key=dice.get)
+    """Return titles for the cases of the worst, the median (the lower of two) and the best mean Dice."""
+    means, titles = {}, {}
+    for case, scores in results["per_case"].items():
+        values = [[scores[name]["dice"], scores[name]["hd95"]] for name in results["scored"]]
+        means[case] = known_mean(np.array(values, np.float64), 0)  # None becomes NaN
+    ranked = sorted((case for case in means if not np.isnan(means[case][0])), key=lambda case: means[case][0])
     if not ranked:
         raise ValueError("no case with a Dice")
-    unit = "mm" if results.get("convention", "masksam") == "masksam" else "voxels"
-    last, titles = len(ranked) - 1, {}
+    unit, last = "mm" if results["convention"] == "masksam" else "voxels", len(ranked) - 1
     for i, place in sorted({last: "best", last // 2: "median", 0: "worst"}.items()):  # the later name wins
-        scores = f"mean Dice {dice[ranked[i]]:.3f}, HD95 {mean(ranked[i], 'hd95'):.1f} {unit}"
-        titles[ranked[i]] = f"{place}: {ranked[i]}, {scores}"
+        dice, hd95 = means[ranked[i]]
+        titles[ranked[i]] = f"{place}: {ranked[i]}, mean Dice {dice:.3f}, HD95 {hd95:.1f} {unit}"
     return titles
 
 
-def find_case(cases: Sequence[layouts.Case], name: str, split: str) -> layouts.Case:
+def find_case(cases: Sequence[layouts.Case], name: str) -> layouts.Case:
     """Return the case of that name, or raise a ValueError with some of the names that there are."""
-    found = next((case for case in cases if case.name == name), None)
-    if found is None:
-        known = ", ".join(case.name for case in cases[:5])
-        raise ValueError(
-            f"found no case {name} in the split {split}, expected one of {len(cases)}: {known} ..."
-        )
-    return found
+    known = {case.name: case for case in cases}
+    if name not in known:
+        raise ValueError(f"found no case {name}, expected one of {len(known)}: {', '.join([*known][:5])} ...")
+    return known[name]
 
 
-def read_picture(case: layouts.Case, file: str | Path, num_classes: int, title: str) -> Picture:
-    """Read a case and its prediction; all of it must lie in one place."""
-    if case.label is None:
-        raise ValueError(f"{case.name}: found no label file, expected a truth to compare with")
-    image, place = nifti.read_image(case.images[0])
-    maps = []
-    for path in (case.label, str(file)):
-        label_map, own_place = nifti.read_label(path, num_classes)
-        nifti.check_same_place(path, own_place, case.images[0], place)
-        maps.append(label_map)
-    return Picture(title, image, *maps, place.spacing)
-
-
-# ----------------------------------------------------------------------------------------------- command line
+def draw(args, source: layouts.DataSource, cases: Sequence[layouts.Case], titles: dict, **options) -> None:
+    """Draw the cases that have a title. Each case has a prediction, which lies where its image lies."""
+    files = dict(zip(cases, layouts.find_predictions(cases, args.predictions)))
+    pictures, labels = [], source.task.labels
+    for name, title in titles.items():
+        case = find_case(cases, name)
+        if case.label is None:
+            raise ValueError(f"{name}: found no label file, expected a truth to compare with")
+        image, place = nifti.read_image(case.images[0])
+        maps = {path: nifti.read_label(path, len(labels)) for path in (case.label, str(files[case]))}
+        for path, (_, own_place) in maps.items():
+            nifti.check_same_place(path, own_place, case.images[0], place)
+        pictures.append(Picture(title, image, *(label_map for label_map, _ in maps.values()), place.spacing))
+    draw_overlay(pictures, labels, args.output, **options)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Draw image, truth, prediction and errors of some cases of a split."""
     source, cases = evaluate.find_cases(args, [])
-    files = dict(zip(cases, layouts.find_predictions(cases, args.predictions)))
     spread = np.linspace(0, len(cases) - 1, min(NUM_CASES, len(cases))).round().astype(int)
-    chosen = [find_case(cases, name, args.split) for name in args.case or [cases[i].name for i in spread]]
-    labels, panels = source.task.labels, ("image", "truth", "prediction", "errors")
-    pictures = [read_picture(case, files[case], len(labels), case.name) for case in chosen]
-    draw_overlay(pictures, labels, args.output, panels, one_row=False)
+    titles = {name: name for name in args.case or [cases[i].name for i in spread]}
+    draw(args, source, cases, titles, panels=("image", "truth", "prediction", "errors"), one_row=False)
 
 
 def sheet(args: argparse.Namespace) -> None:
     """Draw the worst, the median and the best case of an evaluation."""
-    folder = Path(args.predictions)
-    scores = sorted(folder.glob("metrics*.json"), key=lambda path: len(path.name))
-    if not scores:
-        raise FileNotFoundError(f"{folder}/metrics.json: found no such file; run evaluate.py first")
+    folder = Path(args.predictions)  # the shortest name has our own metric convention
+    path = min(folder.glob("metrics*.json"), key=lambda path: len(path.name), default=folder / "metrics.json")
     try:
-        results = json.loads(scores[0].read_text())  # the shortest name has our own metric convention
-        titles = rank_cases(results)
+        titles = rank_cases(results := json.loads(path.read_text()))
         if not args.data:
             args.data, args.root = results["data"], args.root or results["root"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__} {error}"
-        raise ValueError(f"{scores[0]}: found {found}, expected what evaluate.py writes") from error
+        raise ValueError(f"{path}: found {found}, expected what evaluate.py writes; run it first") from error
     args.split, args.fold = "all", None
     source, known = evaluate.find_cases(args, [])
-    cases = [find_case(known, name, args.split) for name in results["per_case"]]
-    labels = source.task.labels
-    files = {case.name: (case, file) for case, file in zip(cases, layouts.find_predictions(cases, folder))}
-    pictures = [read_picture(*files[name], len(labels), title) for name, title in titles.items()]
-    draw_overlay(pictures, labels, args.output, ("truth", "prediction", "errors"), worst=True)
+    cases = [find_case(known, name) for name in results["per_case"]]
+    draw(args, source, cases, titles, panels=("truth", "prediction", "errors"), worst=True)
 
 
 def queries(args: argparse.Namespace) -> None:
@@ -177,8 +133,7 @@ def queries(args: argparse.Namespace) -> None:
     if model.config.given_boxes:
         raise ValueError(f"{args.ckpt}: found a model that is given its boxes, expected one that makes them")
     plan = data.Plan.from_dict(content["plan"])
-    _, cases = evaluate.find_cases(args, [content["arguments"]])
-    case = find_case(cases, args.case[0], args.split)
+    case = find_case(evaluate.find_cases(args, [content["arguments"]])[1], args.case[0])
     prepared = data.prepare_case(case, plan)
     # Slices on the plan's grid and in the file: the plan may change their distance.
     depth, native_depth = len(prepared.image[0]), prepared.geometry.shape[0]
@@ -191,12 +146,10 @@ def queries(args: argparse.Namespace) -> None:
     patch, label, index = cut_window(prepared, d, model.config.patch_size)
     found, label_map = find_queries(model, patch, index)
     spacing = [old if new is None else new for old, new in zip(prepared.geometry.spacing, plan.spacing)]
-    left_out = model.config.num_queries - len(found)
-    title = f"{case.name}, slice {args.slice}\nqueries: {len(found)}, left out as no object: {left_out}"
-    title += ", truth unknown" if prepared.label is None else ""
-    image, truth = patch[0, index].numpy(), label[index].numpy()
-    picture = Picture(title, image[None], truth[None], label_map[None], spacing)
-    draw_queries(picture, found, plan.task.labels, args.output)
+    title = f"{case.name}, slice {args.slice}" + (", truth unknown" if prepared.label is None else "")
+    title += f"\nqueries: {len(found)}, left out as no object: {model.config.num_queries - len(found)}"
+    image, truth = patch[0, index, None].numpy(), label[index, None].numpy()
+    draw_queries(Picture(title, image, truth, label_map[None], spacing), found, plan.task.labels, args.output)
 
 
 # The commands, and the options that each of them needs.
@@ -206,10 +159,9 @@ COMMANDS = {compare: ("predictions", "data"), sheet: ("predictions",), queries: 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `command` becomes the function of that name."""
     parser = make_parser(__doc__, "root", "fold", "sam-checkpoint")
-    add = parser.add_argument
-    add("command", choices=[command.__name__ for command in COMMANDS])
-    data_help = COMMON_OPTIONS["data"]["help"].split(" (")[0]
-    add("--data", help=f"{data_help} (default: as in training, or as scored)")
+    add, commands = parser.add_argument, {command.__name__: command for command in COMMANDS}
+    add("command", choices=commands)
+    add("--data", help=COMMON_OPTIONS["data"]["help"] + " (default: as in training, or as scored)")
     add("--predictions", help="compare, sheet: folder with label maps of evaluate.py or another program")
     add("--ckpt", help="queries: checkpoint that train.py wrote")
     add("--case", nargs="+", help="names of cases, one for queries (default: some of the split)")
@@ -217,8 +169,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
     add("--output", help="PNG to write (default: <command>.png)")
     args = parser.parse_args(argv)
-    args.output = args.output or f"{args.command}.png"
-    args.command = next(command for command in COMMANDS if command.__name__ == args.command)
+    args.output, args.command = args.output or f"{args.command}.png", commands[args.command]
     if missing := [f"--{name}" for name in COMMANDS[args.command] if not getattr(args, name)]:
         parser.error(f"{args.command.__name__} needs {' and '.join(missing)}")
     return args
