@@ -67,7 +67,7 @@ def symbols(file: str) -> set[str]:
             names |= {f"{node.name}.{child.name}" for child in inner}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
     return names
 
 
