@@ -1,8 +1,10 @@
 """The presets: labels, scored organs, and sizes that a backbone or a folder's cases bring."""
 
-import numpy as np
+import pytest
 
+from model import MaskSAMConfig
 from support.presets import PRESETS, folder_preset, recipe
+from support.sam import BACKBONES
 
 
 def test_labels_scored_organs_and_flips_belong_together():
@@ -12,7 +14,6 @@ def test_labels_scored_organs_and_flips_belong_together():
     sizes = {name: len(preset.task.labels) for name, preset in PRESETS.items()}
     assert sizes == {"phantom": 4, "acdc": 4, "synapse": 14, "amos": 16}
     assert PRESETS["acdc"].task.labels[1:] == ("RV", "Myo", "LV")
-    assert PRESETS["amos"].task.labels[13] == "duodenum"
     for preset in PRESETS.values():  # a flipped left kidney would be a right one
         assert not preset.task.flip_axes or not any("left" in name for name in preset.task.labels)
 
@@ -26,9 +27,14 @@ def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
 
 
 def test_the_preset_of_a_folder_fits_its_median_case():
-    task = PRESETS["acdc"].task
-    preset = folder_preset(task, [(8, 10, 12), (9, 11, 11), (2, 300, 9)])
-    assert preset.patch_size == (8, 12, 12) and preset.encoder_size == (48, 48) and preset.task is task
-    assert len(task.labels) <= preset.num_queries == 8
-    large = folder_preset(task, np.array([[20, 300, 100]]))
+    preset = folder_preset(PRESETS["acdc"].task, [(8, 10, 12), (9, 11, 11), (2, 300, 9)])
+    assert preset.patch_size == (8, 12, 12) and preset.encoder_size == (48, 48) and preset.num_queries == 8
+    large = folder_preset(preset.task, [(20, 300, 100)])
     assert large.patch_size == (8, 256, 100) and large.encoder_size == (1024, 400)
+
+
+@pytest.mark.parametrize("sam", BACKBONES)
+def test_a_network_can_be_built_of_every_recipe(sam):
+    for preset in (*PRESETS.values(), folder_preset(PRESETS["acdc"].task, [(8, 10, 13)])):
+        made, classes = recipe(preset, sam), len(preset.task.labels)
+        MaskSAMConfig(sam, "b9", 1, classes, made.num_queries, made.patch_size, made.encoder_size)
