@@ -108,6 +108,14 @@ def test_every_variant_starts_as_sams_encoder_and_decoder_image_by_image(changes
     close(found, torch.stack(masks)[:, :, 0])
 
 
+def test_class_token_alone_changes_the_sign_of_a_few_mask_pixels():
+    net = awake()
+    inputs = decoder_inputs(net) | {"class_tokens": net.class_tokens.expand(4, -1, -1)}
+    with torch.no_grad():
+        masks, sams = (net.decode(**inputs | other)[1] for other in ({}, {"class_tokens": None}))
+    assert 0 < ((masks > 0) != (sams > 0)).double().mean() < 0.15
+
+
 def test_prompts_reach_sam_as_encoder_pixels_in_float32_under_autocast():
     # SAM's own prompt encoder gets a box in pixels and a mask at 4x the token grid.
     net = tiny(variant="b3", encoder_size=(64, 96), patch_size=(2, 10, 20))
