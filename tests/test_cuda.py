@@ -34,6 +34,11 @@ def light() -> MaskSAM:
     )
 
 
+def on_gpu(pair):
+    """A volume and its segments on the GPU."""
+    return pair[0].to(DEVICE), type(pair[1])(*(part.to(DEVICE) for part in pair[1]))
+
+
 def run(net: MaskSAM, device: str, amp: torch.dtype | None = None) -> tuple[dict, list]:
     """Outputs and gradients of one step, on the CPU."""
     net = copy.deepcopy(net).to(device)
@@ -85,10 +90,9 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    volume, segments = task(net)
-    segments = type(segments)(*(part.to(DEVICE) for part in segments))
+    volume, segments = on_gpu(task(net))
     with torch.autocast("cuda", torch.float16):
-        outputs = net(volume.to(DEVICE))
+        outputs = net(volume)
     scaler.scale(SetCriterion()(outputs, segments)[0]).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -99,8 +103,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
 def test_a_step_waits_for_the_gpu_at_most_twice():
     net = tiny(sam="vit_b", encoder_size=(128, 128)).to(DEVICE)
     net.gradient_checkpointing = True
-    volume, segments = task(net)
-    volume, segments = volume.to(DEVICE), type(segments)(*(part.to(DEVICE) for part in segments))
+    volume, segments = on_gpu(task(net))
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step() -> None:
@@ -112,25 +115,24 @@ def test_a_step_waits_for_the_gpu_at_most_twice():
         optimizer.zero_grad()
 
     step()  # fills the caches of grids
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            step()
-    finally:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
         torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename.rsplit('/', 1)[-1]}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
-    assert len(waits) <= 2, waits
+    assert len([w for w in seen if "synchroniz" in str(w.message)]) <= 2, [
+        (w.filename, w.lineno) for w in seen
+    ]
 
 
 def test_a_step_of_the_acdc_preset_fits_into_ten_gib():
     net = MaskSAM(MaskSAMConfig()).to(DEVICE)
     net.gradient_checkpointing = True
-    volume, segments = task(net, batch=2)
+    volume, segments = on_gpu(task(net, batch=2))
     torch.cuda.reset_peak_memory_stats()
     with torch.autocast("cuda", torch.bfloat16):
-        outputs = net(volume.to(DEVICE))
-    SetCriterion()(outputs, type(segments)(*(part.to(DEVICE) for part in segments)))[0].backward()
+        outputs = net(volume)
+    SetCriterion()(outputs, segments)[0].backward()
     assert torch.cuda.max_memory_allocated() < 10 * 2**30
 
 
