@@ -1,7 +1,5 @@
 """Checkpoint files are whole or not there, cannot run code, and are refused by name if they are wrong."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,13 +10,8 @@ class Foreign:
     """A class that a checkpoint must not be able to bring along."""
 
 
-CONTENT = {
-    "config": {"num_queries": 4},
-    "sam": {"name": "tiny", "sha256": None},
-    "plan": {"spacing": [None, 1.5]},
-    "state": {"weight": torch.arange(6.0).reshape(2, 3)},
-    "epoch": 7,
-}
+CONTENT = {"config": {"num_queries": 4}, "sam": {"sha256": None}, "plan": {"spacing": [None, 1.5]}}
+CONTENT |= {"state": {"weight": torch.arange(6.0).reshape(2, 3)}, "epoch": 7}
 
 
 def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
@@ -26,13 +19,11 @@ def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
     content = read_checkpoint(tmp_path / "best.pt")
     assert torch.equal(content.pop("state")["weight"], CONTENT["state"]["weight"])
     assert content == {key: value for key, value in CONTENT.items() if key != "state"}
-    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("unexpected pos 64 vs 0\nmore")])
 def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, error):
-    path = tmp_path / "last.pt"
-    write_checkpoint(path, CONTENT)
+    write_checkpoint(path := tmp_path / "last.pt", CONTENT)
     before = path.read_bytes()
 
     def fail(content, file):
@@ -45,14 +36,12 @@ def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, e
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "tensor", "state dict", "pickled class"])
+@pytest.mark.parametrize("kind", ["empty", "truncated", "state dict", "pickled class"])
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
-    path = tmp_path / "x.pt"
-    contents = {"tensor": torch.zeros(1), "state dict": {"a": torch.zeros(1)}}
-    contents["pickled class"] = CONTENT | {"a": Foreign()}
-    torch.save(contents.get(kind, CONTENT), path)
+    contents = {"state dict": {"a": torch.zeros(1)}, "pickled class": CONTENT | {"a": Foreign()}}
+    torch.save(contents.get(kind, CONTENT), path := tmp_path / "x.pt")
     if kind not in contents:
-        path.write_bytes({"empty": b"", "garbage": b"no", "truncated": path.read_bytes()[:-200]}[kind])
+        path.write_bytes(path.read_bytes()[:-200] if kind == "truncated" else b"")
     with pytest.raises(ValueError, match=r"x\.pt: found .*, expected a checkpoint (of|that) train\.py"):
         read_checkpoint(path)
 
@@ -63,4 +52,4 @@ def test_a_missing_key_or_file_is_named(tmp_path, key):
     with pytest.raises(ValueError, match=rf"x\.pt: found no {key} in it"):
         read_checkpoint(tmp_path / "x.pt")
     with pytest.raises(FileNotFoundError, match=r"gone\.pt: found no such file"):
-        read_checkpoint(Path(tmp_path / "gone.pt"))
+        read_checkpoint(tmp_path / "gone.pt")
