@@ -35,7 +35,7 @@ NUM_CASES = 3  # Ours: cases that "compare" draws by default
 
 @torch.no_grad()
 def find_queries(model: MaskSAM, patch: Tensor, index: int) -> tuple[list[Query], np.ndarray]:
-    """Return a slice's queries that are not "no object", the most probable first, and its label map (H, W)."""
+    """Return the queries of a slice that are an object, most probable first, and its label map (H, W)."""
     outputs = model(patch[None])
     boxes, _ = model.prompt_generator.prompts(outputs, outputs["mask_logits"].shape[-2:], None)  # (D, N, 4)
     logits = resize(outputs["mask_logits"], patch.shape[-2:])  # (D, N, H, W)
