@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -115,14 +113,14 @@ def test_wrong_arguments_end_in_one_message_and_change_no_file(root, whole, monk
 def test_two_processes_equal_one_with_the_same_global_batch(root, quick):
     (one,), _ = run(root, "one", *SHORT, "--batch", "2")
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    arguments = ["--root", str(root), "--name", "two", *SMALL, *SHORT, "--batch", "1"]
-    script = f"import train; train.draw = lambda run: None; train.main({arguments})"
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    world = os.environ | world | {"PYTHONPATH": str(Path(train.__file__).parent)}
-    ranks = [world | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    started = [subprocess.Popen([sys.executable, "-c", script], env=rank) for rank in ranks]
-    assert [process.wait(timeout=600) for process in started] == [0, 0]
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def train_one_half(rank: int) -> None:
+        os.environ |= world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
+        train.main(["--root", str(root), "--name", "two", *SMALL, *SHORT, "--batch", "1"])
+
+    torch.multiprocessing.start_processes(train_one_half, nprocs=2, start_method="fork")
     other = json.loads(Path("runs/phantom-two/log.jsonl").read_text())
     for key in losses(one).keys() - {"val_dice", "val_dice_per_class"}:
         # Float32 sums in another order, and AdamW, whose first step is the sign of the gradient.
