@@ -14,7 +14,8 @@ predictions-<split> beside the checkpoint. Files from the same checkpoint, image
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait sleep,
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 
 import argparse
 import dataclasses

@@ -15,7 +15,8 @@ last.pt, config.json, log.jsonl, curves.png and overlay.png to runs/<data>-<name
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait sleep,
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 
 import argparse
 import contextlib

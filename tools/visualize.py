@@ -10,7 +10,8 @@ best case that evaluate.py scored; the prompts and the masks of the queries in o
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait sleep,
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 
 import argparse
 import json
