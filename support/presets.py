@@ -4,7 +4,7 @@
     a folder's Task and its cases' shapes ── folder_preset ──> a preset for any other data set
 
 The paper gives the backbone (ViT-B), but no patch, no number of queries, no optimizer and no schedule.
-Release: these numbers are the authors' published ones, except where a line says `Ours`.
+The numbers are those of the authors' published code, except where a line is marked as our own.
 """
 
 import dataclasses

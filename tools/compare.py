@@ -23,7 +23,7 @@ NOT_COMPARED = ("seed", "name", "root", "cache", "resume", "device", "workers", 
 
 
 def read_run(folder: Path) -> tuple[dict, dict, float, str]:
-    """Read the settings, the best epoch, the trained parameters in millions, and what is unfinished.
+    """Read the settings, the best epoch, the trained parameters in millions, and a note on an unfinished run.
 
     Raises: ValueError: the folder holds no run, or a run that has not been validated yet.
     """
