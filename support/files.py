@@ -1,9 +1,12 @@
 """Small things that several files share: whole files, the command line, the device and its precision."""
 
 import argparse
+import contextlib
+import functools
 import os
+import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,20 +17,24 @@ import torch
 def write_whole(path: Path, write: Callable) -> None:
     """Write a file whole or not at all: under a temporary name first, then renamed.
 
+    The file is on the disk before it gets its name, so a crash of the machine leaves the old or the new one.
+
     Args:
         path: file to write; its folder exists. write: called with the open binary file.
     Raises:
         OSError: the file could not be written. What was there before is still there.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    remove_left_over(path.parent.resolve())
+    temporary = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{path} could not be written ({reason}): is there space, and may you write?"
+            f"{path} could not be written ({reason(error)}): is there space, and may you write?"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -38,13 +45,88 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+@functools.cache  # once per process and folder
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files of processes of this machine that were killed while they wrote."""
+    for file in folder.glob(f"*.{platform.node()}.*.partial"):
+        with contextlib.suppress(OSError, ValueError):  # another process was faster; not our kind of name
+            if not is_alive(int(file.name.split(".")[-2])):
+                file.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs. True for one of another user, and on Windows, which cannot be asked."""
+    try:
+        if os.name == "posix":
+            os.kill(pid, 0)  # sends nothing
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, with the file in front where Python puts it at the end."""
+    if getattr(error, "filename", None) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ---------------------------------------------------------------------------------------------- command line
+
+
+@contextlib.contextmanager
+def one_sentence(script: str, debug: bool) -> Iterator[None]:
+    """End a script with a message in place of a traceback, unless `debug`: raise SystemExit.
+
+    Our own errors (ValueError, OSError) are told whole, those of torch and of missing packages in one line.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        if debug:
+            raise
+        text = reason(error)
+        if isinstance(error, ValueError) or isinstance(error, OSError) and error.errno is None:
+            text = str(error)
+        elif isinstance(error, ImportError):
+            text += "; pip install -r requirements.txt"
+        elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text:
+            text = (
+                f"found too little memory ({text}); smaller patches and batches, and fewer workers need less"
+            )
+        elif isinstance(error, RuntimeError):
+            text += " (--debug shows the place)"
+        raise SystemExit(f"{script}: {text}") from error
+
+
+def device_name(name: str) -> str:
+    """Return the name of a device that is here; argparse prints the error for another one."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+        raise argparse.ArgumentTypeError(f"found {name}, expected cpu or cuda")
+    if kind == "cuda" and int(index or 0) >= (count := torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"found {name}, but torch sees {count} GPUs; expected cpu")
+    return name
+
 
 # One wording for the options that several scripts have.
 COMMON_OPTIONS = {
     "data": {"help": "name of a preset, or a folder with a dataset.json"},
     "root": {"help": "folder with the files of a preset (default: data/<preset>)"},
     "fold": {"type": int, "help": "fold of five, 0 to 4 (default: the published split, or else fold 0)"},
+    "group": {
+        "metavar": "REGEX",
+        "help": "regular expression whose group is the patient in a case's name (default: guessed)",
+    },
+    "modality": {
+        "nargs": "+",
+        "help": "CT, MR, noNorm, rescale_to_0_1 or rgb_to_0_1, per channel (default: by the channels' names)",
+    },
+    "flip": {
+        "nargs": "*",
+        "choices": ("D", "H", "W"),
+        "help": "axes along which patches are flipped, if any (default: the training labels decide)",
+    },
     "cache": {"default": "cache", "help": "folder for prepared cases (default: %(default)s)"},
     "sam-checkpoint": {"help": "file with SAM's own weights (default: downloaded once)"},
     "prompts": {
@@ -53,13 +135,13 @@ COMMON_OPTIONS = {
         "help": "who makes the box prompts: the model (auto), the true labels (gt), or label maps of another "
         "program in a folder (default: %(default)s)",
     },
-    "device": {"help": "cpu or cuda (default: cuda if there is a GPU)"},
+    "device": {"type": device_name, "help": "cpu or cuda (default: cuda if there is a GPU)"},
     "workers": {"type": int, "help": "number of threads (default: one per core that has 4 GiB of memory)"},
 }
 
 
 def make_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
-    """Make a parser whose --help ends with the usage examples of the script's header.
+    """Make a parser whose --help ends with the usage examples of the script's header; it has --debug.
 
     Args:
         doc: docstring of the script. Its first line is the description; its indented `python ...` and
@@ -75,6 +157,7 @@ def make_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
             words = option["help"].split(" (default")[0]
             option |= {"default": defaults[name], "help": f"{words} (default: %(default)s)"}
         parser.add_argument(f"--{name}", **option)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -102,5 +185,9 @@ def autocast(device: str | torch.device, amp: str) -> torch.autocast:
 
 def default_workers() -> int:
     """Return one thread per core, as long as each has 4 GiB of memory (a CT of 512 x 512 x 300 takes it)."""
+    # macOS has no affinity, and Windows neither that nor sysconf: there 4 GiB for each core are assumed.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return cores
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // 2**32))
+    return max(1, min(cores, memory // 2**32))
