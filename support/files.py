@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import math
 import os
 import platform
 import re
@@ -183,11 +184,15 @@ def autocast(device: str | torch.device, amp: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off")
 
 
+def total_memory() -> float:
+    """Return the bytes of memory of this machine; infinity where Python cannot tell, on Windows."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def default_workers() -> int:
     """Return one thread per core, as long as each has 4 GiB of memory (a CT of 512 x 512 x 300 takes it)."""
-    # macOS has no affinity, and Windows neither that nor sysconf: there 4 GiB for each core are assumed.
+    # macOS and Windows have no affinity.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
-        return cores
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(cores, memory // 2**32))
+    return int(max(1, min(cores, total_memory() // 2**32)))
