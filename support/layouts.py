@@ -1,7 +1,7 @@
 """Data sets on disk: where the files of each case are, and which split each case belongs to (paper 3).
 
-    --data, --root, --fold ── find_data ──> DataSource: train, val, test, testing ──> cases
-    a folder of new images ── find_images ──> cases without labels
+    --data, --root, --fold, --group ── find_data ──> DataSource: train, val, test, testing ──> cases
+    new images, a folder or one file ── find_images ──> cases without labels
     a folder of another program's label maps ── find_predictions, with_box_source ──> one file per case
 
 A folder with a dataset.json needs no code. A new preset needs an entry in PRESETS and one in FINDERS.
@@ -10,14 +10,14 @@ A folder with a dataset.json needs no code. A new preset needs an entry in PRESE
 import dataclasses
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from support.phantom import write_phantom
-from support.presets import PRESETS, Task
+from support.presets import MODALITIES, PRESETS, Task
 
 # The splits of the paper: nnFormer's patients for ACDC, TransUNet's cases for Synapse.
 ACDC_TEST = {2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95}
@@ -28,6 +28,14 @@ SYNAPSE_VAL = {27, 34, 40}
 NUM_FOLDS = 5  # as the paper's cross-validation on AMOS
 SPLIT_SEED = 0  # Ours: one seed for all runs, so that they all validate on the same cases
 ENDINGS = (".nii.gz", ".nii")
+# Ours: parts of names that tell scans of a patient apart: ED, ES, frame01, t0, tp1, v2, visit, ses-01, ...
+SCAN = r"ED|ES|baseline|follow-?up|visit|[tv]\d{1,2}|(frame|time|timepoint|tp|visit|ses|session)[-_]?\d+"
+SCAN = re.compile(rf"(?:^|[-_. ])(?:{SCAN})(?=[-_. ]|$)", re.IGNORECASE)
+# Ours: a channel is CT if one of these is a whole word of its name.
+CT_WORDS = set("ct cta cbct ncct cect hrct ldct mdct msct dect qct ctpa ccta".split())
+# Keys of dataset.json that we read or that change nothing; we name all others as not read.
+KNOWN_KEYS = """labels file_ending patient training numTraining name dataset_name description author reference
+    licence license release version converted_by tensorImageSize numTest test""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Case:
     """One volume and its files.
 
     Args:
-        name, images: name of the case, unique in its data set; one file per channel.
+        name: name of the case, unique in its data set.
+        images: one file per channel, or one file (x, y, z, channel) for all.
         label: file of the true label map; None if it is hidden.
         aliases: other names for its prediction; the first is the name that its challenge asks for.
         box_source: file of the label map whose boxes the network is given; None if it makes its own.
@@ -50,57 +59,146 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """A data set on disk: cases of "train", "val", "test" (never trained on), "testing" (labels hidden)."""
+    """A data set on disk: cases of "train", "val", "test" (never trained on), "testing" (labels hidden).
+
+    The `notes` are sentences: what was guessed, and what the user wrote and we do not read.
+    """
 
     name: str
     root: str
     task: Task
     splits: dict[str, tuple[Case, ...]]
+    notes: tuple[str, ...] = ()
 
 
-def find_data(data: str, root: str | None = None, fold: int | None = None) -> DataSource:
+def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=None) -> DataSource:
     """Find the files of a data set and split them.
 
     Args:
         data: name of a preset, or a folder with a `dataset.json`.
         root: folder with the files of a preset (default: data/<preset>). A missing phantom is written there.
         fold: fold of five of all cases outside "test" (default: the published split, else fold 0).
-    Raises: FileNotFoundError without data, ValueError for unusable files or folds; both say what is expected.
+        group: regular expression with one group, the patient in a case's name (default: see `patient_of`).
+        modality: list of `MODALITIES`, one for all channels or one for each (default: by the task).
+        flip: list of letters of D H W, the axes that may be flipped (default: by the task).
+    Raises: FileNotFoundError without data, ValueError for unusable files or options, with what is expected.
     """
     if data not in PRESETS:
-        return _find_folder(Path(data), fold or 0)
-    preset, path = PRESETS[data], Path(root or Path("data") / data)
+        if root and Path(root).resolve() != Path(data).resolve():
+            raise ValueError(
+                f"--root {root}: found beside the folder --data {data}, expected beside a preset"
+            )
+        return _find_folder(Path(data), fold or 0, group, modality, flip)
+    preset, path, notes = PRESETS[data], Path(root or Path("data") / data), []
     if data == "phantom" and not path.exists():
         write_phantom(path)
     cases = FINDERS[data](path) if path.is_dir() else {}
     splits = {split: tuple(cases[split]) for split in ("train", "val", "test", "testing") if cases.get(split)}
     if not splits:
-        found = "no cases" if path.is_dir() else "no such folder"
+        found = f"no cases of {data}" if path.is_dir() else "no such folder"
         way_out = f"Get {data} from {preset.home} and name its folder by --root."
         raise FileNotFoundError(f"{path}: found {found}, expected\n{preset.tree}\n{way_out}")
     if fold is not None or data == "amos":  # AMOS publishes no split
         pool = [case for split in ("train", "val") for case in splits.pop(split, ())]
-        splits = split_cases(sorted(pool, key=lambda case: case.name), fold or 0) | splits
-    return DataSource(data, str(path), preset.task, splits)
+        splits = split_cases(sorted(pool, key=lambda case: case.name), fold or 0, group) | splits
+        notes = _patient_notes(splits, group)
+    elif group:
+        raise ValueError(f"--group {group}: found the published split of {data}, expected --fold beside it")
+    if cases.get("mr"):
+        notes.append(f"{len(cases['mr'])} cases with ids above 500, which are MR, are left out.")
+    return DataSource(data, str(path), _choose(preset.task, modality, flip), splits, tuple(notes))
 
 
-def split_cases(cases: Sequence[Case], fold: int) -> dict[str, tuple[Case, ...]]:
-    """Shuffle the patients and hold one of five parts out as "val". Frames of a patient stay together."""
-    patient = {case: case.name.split("_frame")[0] for case in cases}
+def _choose(task: Task, modality: Sequence[str] | None, flip: Sequence[str] | None) -> Task:
+    """Set the modality and the flips that the user asks for."""
+    if flip is not None:
+        if set(letters := "".join(flip).upper()) - set("DHW"):
+            raise ValueError(f"--flip {' '.join(flip)}: expected letters of D H W, or none of them")
+        task = dataclasses.replace(task, flip_axes=tuple(i for i in range(3) if "DHW"[i] in letters))
+    if modality is not None:
+        known, count = {choice.lower(): choice for choice in MODALITIES}, len(task.channels)
+        chosen = tuple(known.get(choice.lower(), "") for choice in modality)
+        if "" in chosen or len(chosen) not in (1, count):
+            expected = f"{', '.join(MODALITIES)}: one for all channels, or one for each of {count}"
+            raise ValueError(f"--modality: found {' '.join(modality) or 'none'}, expected {expected}")
+        task = dataclasses.replace(task, modality=chosen * (count // len(chosen)))
+    return task
+
+
+def patient_of(name: str, group: str | None = None) -> str:
+    """Return the patient in a case's name: the group of a pattern, or else the name without `SCAN`'s parts.
+
+    Raises: ValueError if the pattern is none, has not exactly one group, or does not match.
+    """
+    if group is None:
+        return SCAN.sub("", name).strip("-_. ") or name
+    try:
+        count, match = re.compile(group).groups, re.search(group, name)
+        found = f"{count} groups" if count != 1 else "no match in " + name
+    except (re.error, OverflowError):
+        count, match, found = 0, None, "no regular expression"
+    if count != 1 or not match or not match[1]:
+        expected = "one group that matches the patient in every name, such as (.+)_frame"
+        raise ValueError(f"--group {group}: found {found}, expected {expected}")
+    return match[1]
+
+
+def _patients_of(cases: Sequence[Case], group: str | None) -> dict[Case, str]:
+    patients = {case: patient_of(case.name, group) for case in cases}
+    guessed_one = group is None and len(set(patients.values())) == 1  # no guess: it leaves nothing to split
+    return {case: case.name for case in cases} if guessed_one else patients
+
+
+def _patient_notes(splits: dict[str, tuple[Case, ...]], group: str | None) -> list[str]:
+    """Say which patients have several cases, and which are both trained on and held out."""
+    patients, scans, notes = _patients_of(sum(splits.values(), ()), group), defaultdict(list), []
+    for case, patient in patients.items():
+        scans[patient].append(case.name)
+    if group or len(scans) < len(patients):
+        why = f"by the pattern {group}" if group else "by their names (--group overrides)"
+        example = " and ".join(max(scans.values(), key=len)[:2])
+        notes = [f"{len(patients)} cases are of {len(scans)} patients {why}; of one patient: {example}."]
+    train = {patients[case] for case in splits["train"]}
+    for split in [split for split in splits if split != "train"]:
+        if both := sorted(train & {patients[case] for case in splits[split]}):
+            notes.append(f"{len(both)} patients, such as {both[0]}, have cases in train and in {split}.")
+    return notes
+
+
+def split_cases(cases: Sequence[Case], fold: int, group: str | None = None) -> dict[str, tuple[Case, ...]]:
+    """Shuffle the patients and hold one of five parts out as "val". Cases of a patient stay together."""
+    patient = _patients_of(cases, group)
     patients = list(dict.fromkeys(patient.values()))
     parts = np.array_split(np.random.default_rng(SPLIT_SEED).permutation(len(patients)), NUM_FOLDS)
+    if len(patients) == 1 < len(cases):
+        raise ValueError(f"--group {group}: found {patients[0]} as the patient of all, expected two patients")
     if not 0 <= fold < NUM_FOLDS or (fold and not len(parts[fold])):
         raise ValueError(f"--fold {fold}: expected 0 to {min(NUM_FOLDS, len(patients)) - 1}")
     held_out = {patients[i] for i in parts[fold]}
     val = tuple(case for case in cases if patient[case] in held_out)
-    return {"train": tuple(case for case in cases if case not in val), "val": val}
+    return {"train": tuple(case for case in cases if patient[case] not in held_out), "val": val}
+
+
+def _files(path: Path) -> dict[str, str]:
+    """Return the NIfTI files of a folder, or the one file, by their names without ending."""
+    files = {}
+    for file in [path] if path.is_file() else sorted(path.glob("[!.]*")):
+        if file.name.endswith(ENDINGS) and file.is_file():
+            other = files.setdefault(_stem(file.name), str(file))
+            if other != str(file):
+                raise ValueError(f"{file}: found {other} too, expected one file of this name")
+    return files
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _find_phantom(root: Path) -> dict[str, list[Case]]:
     """Ours: of 34 patients, the last 6 are for testing and the 4 before them for validation."""
     numbers = sorted(int(patient.name[7:]) for patient in _patients(root, "training"))
     val, test = (max(1, round(share / 34 * len(numbers))) for share in (4, 6))
-    return _find_cardiac(root, set(numbers[-val - test : -test]), set(numbers[-test:]))
+    return _find_cardiac(root, set(numbers[-val - test : -test]), set(numbers[-test:]), "phantom")
 
 
 def _patients(root: Path, folder: str) -> list[Path]:
@@ -108,21 +206,24 @@ def _patients(root: Path, folder: str) -> list[Path]:
     return sorted((base / folder).glob("patient[0-9]*"))
 
 
-def _find_cardiac(root: Path, val: set[int], test: set[int]) -> dict[str, list[Case]]:
+def _find_cardiac(root: Path, val: set[int], test: set[int], preset: str) -> dict[str, list[Case]]:
     """Find both frames of each patient. Only Info.cfg says which they are: patient 90 has 04 and 11."""
     splits, problems = defaultdict(list), []
     for patient in _patients(root, "training") + _patients(root, "testing"):
         number, file, testing = int(patient.name[7:]), patient / "Info.cfg", patient.parent.name == "testing"
-        text = file.read_text() if file.is_file() else "no such file"
+        text = file.read_text(errors="replace") if file.is_file() else "no such file"
         frames = dict(re.findall(r"^(ED|ES):\s*(\d+)", text, re.MULTILINE))
         if len(frames) < 2:
             problems.append(f"{file}: found {text[:60]!r}, expected the lines 'ED: frame' and 'ES: frame'")
             continue
+        if (other := "phantom" if "Group: SYN" in text else "acdc") != preset:
+            raise ValueError(f"{file}: found a patient of {other}, expected {preset}; use --data {other}")
+        files = _files(patient)
         split = "testing" if testing else "test" if number in test else "val" if number in val else "train"
         for phase in ("ED", "ES"):  # end-diastole, end-systole
             name = f"{patient.name}_frame{int(frames[phase]):02d}"
-            image, label = (str(patient / f"{name}{end}.nii.gz") for end in ("", "_gt"))
-            label = None if testing and not Path(label).exists() else label
+            image, label = (files.get(f, str(patient / f"{f}.nii.gz")) for f in (name, f"{name}_gt"))
+            label = None if testing and f"{name}_gt" not in files else label
             splits[split].append(Case(name, (image,), label, (f"{patient.name}_{phase}",)))
     if problems:
         raise ValueError("\n".join(problems))
@@ -134,50 +235,86 @@ def _find_synapse(root: Path) -> dict[str, list[Case]]:
     training = next(root / level for level in levels if (root / level).is_dir())
     splits = defaultdict(list)
     for folder in (training, training.parent / "Testing"):
-        for image in sorted((folder / "img").glob("img[0-9]*.nii*")):
-            number, testing = int(re.search(r"\d+", image.name)[0]), folder.name == "Testing"
-            label = folder / "label" / image.name.replace("img", "label")
-            file = None if testing and not label.exists() else str(label)
+        labels, testing = _files(folder / "label"), folder.name == "Testing"
+        images = {stem: file for stem, file in _files(folder / "img").items() if re.match(r"img\d", stem)}
+        for stem, image in images.items():
+            number, label = int(re.search(r"\d+", stem)[0]), stem.replace("img", "label")
+            file = labels.get(label, None if testing else str(folder / f"label/{label}.nii.gz"))
             split = "test" if number in SYNAPSE_TEST else "val" if number in SYNAPSE_VAL else "train"
             name, *aliases = (f"{word}{number:04d}" for word in ("case", "label", "img"))
-            splits["testing" if testing else split].append(Case(name, (str(image),), file, tuple(aliases)))
+            splits["testing" if testing else split].append(Case(name, (image,), file, tuple(aliases)))
     return splits
+
+
+AMOS_MR = re.compile(r"amos_(?!0500)(0[5-9]|[1-9]\d)\d\d")  # ids above 500
 
 
 def _find_amos(root: Path) -> dict[str, list[Case]]:
     base = root / "amos22" if (root / "amos22").is_dir() else root
 
-    def ct(part: str) -> list[Case]:
-        labels, cases = base / f"labels{part}", []
-        for file in sorted((base / f"images{part}").glob("amos_[0-9][0-9][0-9][0-9].nii.gz")):
-            if int(file.name[5:9]) <= 500:  # higher numbers are MR
-                known = part != "Ts" or labels.is_dir()
-                cases.append(Case(file.name[:9], (str(file),), str(labels / file.name) if known else None))
-        return cases
-
-    return {"train": ct("Tr"), "test": ct("Va"), "testing": ct("Ts")}
+    splits = defaultdict(list)
+    for split, part in (("train", "Tr"), ("test", "Va"), ("testing", "Ts")):
+        for case in _folder_cases(base, part, 1, whole=True):
+            if re.fullmatch(r"amos_\d{4}", case.name):
+                splits["mr" if AMOS_MR.fullmatch(case.name) else split].append(case)
+    return splits
 
 
 FINDERS = {
     "phantom": _find_phantom,
-    "acdc": lambda root: _find_cardiac(root, ACDC_VAL, ACDC_TEST),
+    "acdc": lambda root: _find_cardiac(root, ACDC_VAL, ACDC_TEST, "acdc"),
     "synapse": _find_synapse,
     "amos": _find_amos,
 }
 
 
-def _find_folder(root: Path, fold: int) -> DataSource:
+def _find_folder(root: Path, fold: int, group, modality, flip) -> DataSource:
     """Find the cases of a folder in Decathlon's or nnU-Net's raw layout."""
-    task, ending = _read_dataset_json(root)
-    cases = _folder_cases(root, len(task.channels), ending)
+    task, content = _read_dataset_json(root)
+    task, group = _choose(task, modality, flip), group or content.get("patient")
+    whole = bool(
+        _files(root / "imagesTr").keys() & _files(root / "labelsTr")
+    )  # no numbers in names of images
+    cases, tests = (_folder_cases(root, part, len(task.channels), whole) for part in ("Tr", "Ts"))
     if len(cases) < 2:
         raise FileNotFoundError(f"{root}: found {len(cases)} cases, expected two in imagesTr and labelsTr")
-    return DataSource(root.resolve().name, str(root), task, _folder_splits(root, cases, fold))
+    if twice := {case.name for case in cases} & {case.name for case in tests}:
+        raise ValueError(f"{root}: found {min(twice)} in imagesTr and imagesTs, expected it in one of them")
+    file = root / "splits_final.json"
+    splits = _read_splits(file, cases, fold) if file.is_file() else split_cases(cases, fold, group)
+    kinds = ", ".join(f"{name} as {kind}" for name, kind in zip(task.channels, task.modality))
+    notes = [f"Channels are normalised by {'--modality' if modality else 'their names'}: {kinds}."]
+    if left := len(cases) - sum(map(len, splits.values())):
+        notes.append(f"{left} cases are not used: they are in no part of fold {fold} of {file.name}.")
+    if tests:
+        splits["testing" if tests[0].label is None else "test"] = tuple(tests)
+    if mr := sum(bool(AMOS_MR.fullmatch(case.name)) for case in cases + tests):
+        notes.append(f"{mr} of {len(cases + tests)} cases have ids above 500, which are MR in AMOS.")
+    notes += _unread_notes(content, cases) + _patient_notes(splits, group)
+    return DataSource(root.resolve().name, str(root), task, splits, tuple(notes))
 
 
-def _read_dataset_json(root: Path) -> tuple[Task, str]:
-    """Read the task of a folder and the ending of its files. Modality and flips are decided here alone."""
-    file = root / "dataset.json"
+def _read_json(file: Path, expected: str):
+    """Read JSON in UTF-8, with or without a byte-order mark; refuse a key that stands twice."""
+
+    def unique(pairs: list) -> dict:
+        if len(content := dict(pairs)) < len(pairs):
+            key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"{file}: found {key} twice in one list, expected {expected}")
+        return content
+
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ValueError(
+            f"{file}: found no JSON in UTF-8 from line {line} on, expected {expected}"
+        ) from error
+
+
+def _read_dataset_json(root: Path) -> tuple[Task, dict]:
+    """Read the task of a folder and all of its dataset.json."""
+    file, expected = root / "dataset.json", "labels 0, 1, 2, ... with names, and modality or channel_names"
     if not file.is_file():
         raise FileNotFoundError(
             f"--data {root}: found neither a preset nor a folder with a dataset.json, expected "
@@ -185,77 +322,154 @@ def _read_dataset_json(root: Path) -> tuple[Task, str]:
             "DIR/dataset.json: labels, and modality (Decathlon) or channel_names (nnU-Net raw)\n"
             "DIR/imagesTr/CASE[_0000].nii.gz\nDIR/labelsTr/CASE.nii.gz"
         )
-    try:
-        content = json.loads(file.read_text())
-        pairs = content["labels"].items()  # Decathlon: id -> name; nnU-Net: name -> id
-        names = {int(i): name for i, name in pairs} if "0" in content["labels"] else {i: n for n, i in pairs}
-        labels = tuple(names[i] for i in range(len(names)))
-        table = content.get("channel_names") or content["modality"]
-        channels = tuple(table[str(i)] for i in range(len(table)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        expected = "labels 0, 1, 2, ... with their names, and modality or channel_names"
-        raise ValueError(f"{file}: found {type(error).__name__} {error}, expected {expected}") from error
-    modality = "CT" if "ct" in channels[0].lower().split() else "MR"  # Ours: the first channel decides
-    # Ours: left and right are exchanged, since patients are nearly symmetric, unless a class has a side.
-    sided = any(word in label.lower() for label in labels for word in ("left", "right"))
-    return Task(labels, channels, modality, () if sided else (2,)), content.get("file_ending", ".nii.gz")
+    content = _read_json(file, expected)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: found no keys, expected {expected}")
+    for key, expected in (("file_ending", ".nii.gz or .nii: convert the files"), ("patient", "a pattern")):
+        value = content.get(key, ".nii")
+        if not isinstance(value, str) or (key == "file_ending" and value not in ENDINGS):
+            raise ValueError(f"{file}: found {json.dumps(value)} as {key}, expected {expected}")
+    labels, table = content.get("labels"), content.get("channel_names") or content.get("modality")
+    numbers = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
+    if not numbers or set(table) != set(numbers) or not all(isinstance(x, str) for x in table.values()):
+        expected = 'modality or channel_names such as {"0": "MRI"}'
+        raise ValueError(f"{file}: found the channels {json.dumps(table)[:60]}, expected {expected}")
+    channels = tuple(table[number] for number in numbers)
+    return Task(_class_names(file, labels), channels, tuple(map(modality_of, channels)), None), content
 
 
-def _folder_cases(root: Path, num_channels: int, ending: str) -> list[Case]:
-    """Make a case of every label, and of every image without one: the check will name its missing label."""
-    cases, claimed = [], set()
-    for label in sorted((root / "labelsTr").glob(f"[!.]*{ending}")):
-        name = label.name.removesuffix(ending)
-        images = [root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(num_channels)]
-        if num_channels == 1 and not images[0].exists():  # Decathlon does not number the channel
-            images = [root / "imagesTr" / label.name]
-        cases.append(Case(name, tuple(map(str, images)), str(label)))
-        claimed.update(images)
-    for image in sorted(set((root / "imagesTr").glob(f"[!.]*{ending}")) - claimed):
-        label = root / "labelsTr" / image.name
-        cases.append(Case(image.name.removesuffix(ending), (str(image),), str(label)))
+def modality_of(channel: str) -> str:
+    """Ours: one of nnU-Net's names, CT by a whole word of the channel's name, and MR for all others."""
+    known = {choice.lower(): choice for choice in MODALITIES} | {"zscore": "MR"}
+    words = re.split(r"[\W_]+", channel.lower())
+    is_ct = CT_WORDS.intersection(words) or "computed tomography" in " ".join(words)
+    return known.get(channel.strip().lower(), "CT" if is_ct else "MR")
+
+
+def _class_names(file: Path, labels) -> tuple[str, ...]:
+    """Return the names of the classes 0, 1, 2, ...; each reason to refuse them has its own sentence."""
+    if not isinstance(labels, dict) or len(labels) < 2:
+        raise ValueError(f"{file}: found no two labels, expected labels 0, 1, 2, ... with their names")
+    by_id = all(key.isdecimal() for key in labels)  # Decathlon: id -> name; nnU-Net: name -> id
+    names, problems = {}, defaultdict(list)
+    for pair in labels.items():
+        value, name = pair if by_id else pair[::-1]
+        number = int(value) if str(value).isdecimal() else -1
+        checks = {
+            "one id for each label, since a voxel has one class": isinstance(value, list),
+            "no label to ignore, since all voxels are trained on; relabel them": name in ("ignore", "Ignore"),
+            "a whole number in one byte, 0 to 255, for each name": not 0 <= number <= 255,
+            "a name in quotes for each id": not isinstance(name, str) or not name.strip(),
+            "one name for each id": number in names,
+            "one id for each name": name in names.values(),
+            "the background as id 0": number > 0 and str(name).lower() == "background",
+        }
+        for expected in [key for key, wrong in checks.items() if wrong][:1]:
+            problems[expected].append(f"{json.dumps(name)} with id {json.dumps(value)}")
+        names[number] = name
+    if missing := [str(i) for i in range(len(labels)) if i not in names]:
+        problems["ids 0, 1, 2, ... without gaps; name or renumber them"].append(f"no id {', '.join(missing)}")
+    for expected, found in problems.items():
+        raise ValueError(f"{file}: found {', '.join(found)}, expected {expected}")
+    return tuple(names[i] for i in range(len(names)))
+
+
+def _unread_notes(content: dict, cases: list[Case]) -> list[str]:
+    """Name what stands in dataset.json and is not read, or differs from the folder."""
+    notes, folder, listed = [], {case.name for case in cases}, content.get("training")
+    channels = "channel_names" if content.get("channel_names") else "modality"
+    if unread := sorted(content.keys() - {channels, *KNOWN_KEYS}):
+        notes.append(f"dataset.json: not read: {', '.join(unread)}.")
+    entries = (
+        [x.get("image") if isinstance(x, dict) else x for x in listed if x]
+        if isinstance(listed, list)
+        else []
+    )
+    differing = sorted({_stem(re.split(r"[/\\]", str(x))[-1]) for x in entries} ^ folder) if entries else []
+    if differing or str(content.get("numTraining", len(cases))) != str(len(cases)):
+        found = (
+            f"training or numTraining differs from its {len(cases)} cases {' '.join(differing[:3])}".strip()
+        )
+        notes.append(f"The files of the folder are used, although dataset.json's {found}.")
+    return notes
+
+
+def _folder_cases(root: Path, part: str, num_channels: int, whole: bool) -> list[Case]:
+    """Make a case of every label, and of every image without one: the check will name its missing label.
+
+    Labels of the test set ("Ts") are hidden if there is none at all.
+    """
+    images, labels = (_files(root / f"{kind}{part}") for kind in ("images", "labels"))
+    cases, hidden = [], part == "Ts" and not labels
+    for name, label in labels.items():
+        stems = [f"{name}_{channel:04d}" for channel in range(num_channels)]
+        if name in images or (whole and not images.keys() & set(stems)):
+            stems = [name]
+        files = [images.pop(stem, str(root / f"images{part}/{stem}.nii.gz")) for stem in stems]
+        cases.append(Case(name, tuple(files), label))
+    for stem, file in images.items():
+        if re.fullmatch(r"_\d{4}", stem[-5:]) and stem[:-5] in labels:
+            raise ValueError(f"{file}: found a further channel of {stem[:-5]}, expected {num_channels}")
+    for name, files in _by_case(images, num_channels, whole).items():
+        cases.append(Case(name, files, None if hidden else str(root / f"labels{part}/{name}.nii.gz")))
     return cases
 
 
-def _folder_splits(root: Path, cases: list[Case], fold: int) -> dict[str, tuple[Case, ...]]:
-    """Take a fold of nnU-Net's splits_final.json, or without such a file one of our five."""
-    file, by_name = root / "splits_final.json", {case.name: case for case in cases}
-    if not file.is_file():
-        return split_cases(cases, fold)
-    try:
-        folds = json.loads(file.read_text())
-        if not 0 <= fold < len(folds):
-            raise ValueError(f"{file}: found {len(folds)} folds, expected more for --fold {fold}")
-        splits = {split: tuple(by_name[name] for name in folds[fold][split]) for split in ("train", "val")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        expected = f"a list of folds with the keys train and val and names such as {cases[0].name}"
-        raise ValueError(f"{file}: found {type(error).__name__} {error}, expected {expected}") from error
-    if not splits["train"] or not splits["val"]:
-        raise ValueError(f"{file}: found an empty train or val in fold {fold}, expected a case in each")
-    return splits
+def _read_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[Case, ...]]:
+    """Take a fold of nnU-Net's splits_final.json."""
+    expected = 'a list of folds such as {"train": [names], "val": [names]}'
+    folds, by_name = _read_json(file, expected), {case.name: case for case in cases}
+    if not isinstance(folds, list) or not 0 <= fold < len(folds):
+        found = f"{len(folds)} folds" if isinstance(folds, list) else "no list"
+        raise ValueError(f"{file}: found {found}, expected {expected}, and one for --fold {fold}")
+    parts = folds[fold] if isinstance(folds[fold], dict) else {}
+    if parts.keys() != {"train", "val"} or not all(isinstance(x, list) and x for x in parts.values()):
+        found = f"the keys {', '.join(parts) or 'none'} or an empty part in fold {fold}"
+        raise ValueError(f"{file}: found {found}, expected {expected}")
+    names = parts["train"] + parts["val"]
+    wrong = [json.dumps(x) for x in names if not isinstance(x, str) or x not in by_name]
+    if wrong or len(set(names)) < len(names):
+        found = f"{', '.join(wrong[:5])}" if wrong else f"{Counter(names).most_common(1)[0][0]} twice"
+        expected = f"each name once, of a case in imagesTr such as {cases[0].name}"
+        raise ValueError(f"{file}: found {found} in fold {fold}, expected {expected}")
+    return {split: tuple(by_name[name] for name in parts[split]) for split in ("train", "val")}
 
 
-def find_images(folder: str | Path, num_channels: int) -> tuple[Case, ...]:
-    """Find the images of a folder, as cases without labels.
+def find_images(path: str | Path, num_channels: int) -> tuple[Case, ...]:
+    """Find the images of a folder, or one image, as cases without labels.
 
-    Each case has a file per channel: CASE_0000.nii.gz, CASE_0001.nii.gz, ..., or for one also CASE.nii.gz.
+    Each case has a file per channel, CASE_0000.nii.gz, CASE_0001.nii.gz, ..., or one for all, CASE.nii.gz.
+
+    Raises: FileNotFoundError if there is no image, ValueError for too few or too many channels.
     """
-    files = sorted(file for file in Path(folder).glob("[!.]*") if file.name.endswith(ENDINGS))
-    if not files:
-        raise FileNotFoundError(f"{folder}: found no .nii or .nii.gz files, expected the images to predict")
-    images: dict[str, dict[int, str]] = {}
-    for file in files:
-        name, channel = file.name.removesuffix(".gz").removesuffix(".nii"), 0
-        if (numbered := re.fullmatch(r"(.+)_(\d{4})", name)) and int(numbered[2]) < num_channels:
-            name, channel = numbered[1], int(numbered[2])
-        other = images.setdefault(name, {}).setdefault(channel, str(file))
-        if other != str(file):
-            raise ValueError(f"{file}: found {other} as channel {channel} of {name} too, expected one file")
-    for name, own in images.items():
-        if len(own) != num_channels:
+    if not (files := _files(Path(path))):
+        raise FileNotFoundError(f"{path}: found no .nii or .nii.gz files, expected the images to predict")
+    return tuple(Case(name, own, None) for name, own in _by_case(files, num_channels).items())
+
+
+def _by_case(files: dict[str, str], num_channels: int, whole: bool = False) -> dict[str, tuple[str, ...]]:
+    """Return the files of each case in the order of their channels; `whole`: no number is a channel.
+
+    A number is a channel where all names have one, or where one case has 0000 and 0001. Ours: numbers from
+    0010 on count cases, as AMOS's do, unless the model has as many channels.
+    """
+    cases = defaultdict(dict)
+    for stem, file in files.items():
+        numbered = re.fullmatch(r"(.+)_(\d{4})", stem)
+        cases[numbered[1] if numbered else stem][int(numbered[2]) if numbered else -1] = file
+    numbers = {number for own in cases.values() for number in own}
+    unclear = -1 in numbers and not any({0, 1} <= own.keys() for own in cases.values())
+    if whole or unclear or max(numbers, default=0) >= max(10, num_channels):
+        return {stem: (file,) for stem, file in files.items()}
+    problems = []
+    for name, own in cases.items():
+        if own.keys() not in ({-1}, set(range(num_channels))):
             wanted = " ".join(f"{name}_{channel:04d}.nii.gz" for channel in range(num_channels))
-            raise FileNotFoundError(f"{folder}: found {' '.join(own.values())} of {name}, expected {wanted}")
-    return tuple(Case(name, tuple(own[c] for c in range(num_channels)), None) for name, own in images.items())
+            problems.append(f"found {' '.join(own.values())} of {name}, expected {wanted} as its channels")
+    if problems:
+        way_out = f"If the numbers count cases, rename the files, for example to {name}-0001.nii.gz."
+        raise ValueError("\n".join([*problems, way_out]))
+    return {name: tuple(own[number] for number in sorted(own)) for name, own in cases.items()}
 
 
 def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = False) -> list[Path]:

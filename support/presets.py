@@ -12,23 +12,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# How a channel is normalised (data.py). MR is nnU-Net's z-score; the last three are nnU-Net's own names.
+MODALITIES = ("CT", "MR", "noNorm", "rescale_to_0_1", "rgb_to_0_1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """The meaning of the files of a data set. It is stated once, and every checkpoint carries it.
 
     Args:
-        labels, channels: names of the classes, where 0 is the background; of the channels, one file each.
-        modality: "CT" or "MR"; it decides how intensities are normalised (data.py).
-        flip_axes: axes of (D, H, W) along which a flipped patch keeps its labels. Ours: the paper has none.
+        labels, channels: names of the classes, where 0 is the background; names of the channels.
+        modality: one of `MODALITIES` for each channel.
+        flip_axes: axes of (D, H, W) for flips; None: the training labels decide. Ours: the paper has none.
         scored: class ids in the order of the paper's table; all classes if it is empty.
+        keep_slices: True if no case is resampled along D.
     """
 
     labels: tuple[str, ...]
     channels: tuple[str, ...]
-    modality: str
-    flip_axes: tuple[int, ...]
+    modality: tuple[str, ...]
+    flip_axes: tuple[int, ...] | None
     scored: tuple[int, ...] = ()
+    keep_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Preset:
 
 
 # Ours: short-axis slices are turned anyhow, so they may be flipped in plane; organs that have a side may not.
-HEART = Task(("background", "RV", "Myo", "LV"), ("MR",), "MR", flip_axes=(1, 2))
+HEART = Task(("background", "RV", "Myo", "LV"), ("MR",), ("MR",), flip_axes=(1, 2), keep_slices=True)
 HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,_gt}.nii.gz,...}"
 # fmt: off
 PRESETS = {
@@ -78,14 +83,14 @@ PRESETS = {
     "synapse": Preset(  # Release: all numbers
         Task(("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
               "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
-              "right adrenal", "left adrenal"), ("CT",), "CT", (), scored=(8, 4, 3, 2, 6, 11, 1, 7)),
+              "right adrenal", "left adrenal"), ("CT",), ("CT",), (), scored=(8, 4, 3, 2, 6, 11, 1, 7)),
         (26, 256, 256), (256, 256), 24,
         home="https://www.synapse.org/#!Synapse:syn3193805 (RawData.zip)",
         tree="ROOT/[Abdomen/RawData/]Training/{img/img0001.nii.gz,label/label0001.nii.gz}, Testing/img"),
     "amos": Preset(  # Release: all numbers
         Task(("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver",
               "stomach", "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland",
-              "duodenum", "bladder", "prostate/uterus"), ("CT",), "CT", ()),
+              "duodenum", "bladder", "prostate/uterus"), ("CT",), ("CT",), ()),
         (9, 512, 512), (512, 512), 24, adam_eps=1e-4, mask_weight=1.2,
         home="https://zenodo.org/records/7155725 (amos22.zip)",
         tree="ROOT/[amos22/]{imagesTr,labelsTr,imagesVa,labelsVa,imagesTs}/amos_0001.nii.gz"),

@@ -1,20 +1,30 @@
 """Layouts, splits and folds of the presets and of any folder."""
 
+import json
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import data
 from support import layouts
 from support.layouts import Case, find_data
 from support.presets import PRESETS
-from volumes import acdc_tree, decathlon, plan_for, save
+from volumes import acdc_tree, decathlon
 
 
 def touch(base: Path, *files: str) -> None:
     for file in files:
-        save(base / file, np.zeros((1, 1, 1), np.uint8))
+        (base / file).parent.mkdir(parents=True, exist_ok=True)
+        (base / file).touch()
+
+
+def folder(root: Path, names: list[str], images: list[str] | None = None, **content) -> str:
+    """Write a folder with empty labels NAME and images, those of the labels unless others are given."""
+    touch(root, *(f"labelsTr/{name}.nii.gz" for name in names))
+    touch(root, *(f"imagesTr/{name}.nii.gz" for name in images or names))
+    content = {"labels": {"0": "background", "1": "a"}, "modality": {"0": "MRI"}} | content
+    (root / "dataset.json").write_text(json.dumps(content))
+    return str(root)
 
 
 def refuses(match: str, function, *arguments) -> None:
@@ -42,13 +52,19 @@ def test_acdc_has_the_papers_split(tmp_path):
 
 def test_acdc_frames_come_from_info_cfg_and_testing_labels_may_be_hidden(tmp_path):
     acdc_tree(tmp_path, (1, 90, 101))
-    touch(tmp_path, "testing/patient101/patient101_frame12_gt.nii.gz")
+    touch(
+        tmp_path, "testing/patient101/patient101_frame12_gt.nii", "training/patient090/patient090_frame04.nii"
+    )
     touch(tmp_path, "training/patient090/patient090_frame01.nii.gz")  # a decoy
     splits = find_data("acdc", str(tmp_path)).splits
     assert [case.name for case in splits["val"]] == ["patient090_frame04", "patient090_frame11"]
     diastole, systole = splits["testing"]
-    assert diastole.label is None and systole.label.endswith("patient101/patient101_frame12_gt.nii.gz")
+    assert diastole.label is None and systole.label.endswith("patient101/patient101_frame12_gt.nii")
+    assert splits["val"][0].images[0].endswith("patient090_frame04.nii")
     assert systole.aliases == ("patient101_ES",)
+    refuses(
+        "patient001/Info.cfg: found a patient of acdc, .*--data acdc", find_data, "phantom", str(tmp_path)
+    )
     for file in tmp_path.glob("training/*/Info.cfg"):
         file.write_text("ED: 1\n")
     refuses("patient001/Info.cfg: found 'ED: 1.*\n.*patient090/Info.cfg", find_data, "acdc", str(tmp_path))
@@ -65,7 +81,10 @@ def test_synapse_has_transunets_split_less_three_and_amos_takes_ct_alone(tmp_pat
     assert splits["test"][0].label == str(base / "label/label0001.nii.gz")
     assert splits["testing"][0].label is None and splits["testing"][0].aliases == ("label0061", "img0061")
     for part, numbers in (("Tr", [*range(1, 11), 501, 507]), ("Va", (45, 46, 599))):
-        touch(tmp_path, *(f"amos22/images{part}/amos_{number:04d}.nii.gz" for number in numbers))
+        touch(tmp_path, *(f"amos22/images{part}/amos_{number:04d}.nii" for number in numbers))
+    assert find_data("amos", str(tmp_path)).notes == (
+        "3 cases with ids above 500, which are MR, are left out.",
+    )
     folds = [names("amos", tmp_path, fold) for fold in (None, 0, 4)]
     assert folds[0] == folds[1] and folds[2]["test"] == ["amos_0045", "amos_0046"]
     assert [(len(fold["train"]), len(fold["val"])) for fold in folds] == [(8, 2)] * 3
@@ -73,10 +92,16 @@ def test_synapse_has_transunets_split_less_three_and_amos_takes_ct_alone(tmp_pat
 
 def test_a_missing_phantom_is_written_and_other_missing_data_print_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(layouts, "write_phantom", lambda root: acdc_tree(root, range(1, 35)))
+
+    def write_phantom(root: Path) -> None:  # a second call would fail
+        acdc_tree(root, range(1, 35))
+        for file in root.glob("*/*/Info.cfg"):
+            file.write_text(file.read_text().replace("DCM", "SYN"))
+
+    monkeypatch.setattr(layouts, "write_phantom", write_phantom)
     splits = names("phantom")
     assert {split: len(cases) for split, cases in splits.items()} == {"train": 48, "val": 8, "test": 12}
-    assert names("phantom") == splits  # a second call of `acdc_tree` would fail
+    assert names("phantom") == splits
     for name, root in (("acdc", "nothing"), ("synapse", "."), ("amos", ".")):  # no folder, and an empty one
         with pytest.raises(FileNotFoundError) as raised:
             find_data(name, root)
@@ -91,42 +116,192 @@ def test_folders_split_the_same_way_every_time_or_by_their_splits_final(tmp_path
     refuses("--fold 5: expected 0 to 4", find_data, root, None, 5)
     file.write_text('[{}, {"train": ["case_4", "case_0"], "val": ["case_2"]}]')
     assert names(root, fold=1) == {"train": ["case_4", "case_0"], "val": ["case_2"]}
-    for wrong in ('[{"train": ["case_9"]}]', '[{"train": ["case_1"]}]', '[{"train": [], "val": []}]', "[]"):
+    assert "2 cases are not used: they are in no part" in " ".join(find_data(root, fold=1).notes)
+    for wrong, found in {
+        "[]": "0 folds", "{}": "no list", "[3]": "the keys none", '[{"train": ["case_1"]}]': "the keys train or",
+        '[{"train": [], "val": ["case_1"]}]': "an empty part", '[{"train": ["case_0"], "val": ["case_9"]}]': '"case_9"',
+        '[{"train": ["case_0", [7]], "val": ["case_1"]}]': "[7] in fold 0",
+        '[{"train": ["case_0", "case_1"], "val": ["case_1"]}]': "case_1 twice",
+        '[{"train": ["case_0", "case_0"], "val": ["case_1"]}]': "case_0 twice",
+        '[{"train": ["case_0"], "val": ["case_1"], "test": []}]': "the keys train, val, test",
+    }.items():  # fmt: skip
         file.write_text(wrong)
-        refuses("splits_final.json: found", find_data, root)
+        refuses(f"splits_final.json: found .*{re.escape(found)}", find_data, root)
 
 
-def test_nnunet_folders_with_two_channels(tmp_path):
-    for i, channel in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        save(tmp_path / f"imagesTr/p{i}_{channel:04d}.nii.gz", np.full((4, 4, 4), 10.0 * channel + i))
-        save(tmp_path / f"labelsTr/p{i}.nii.gz", np.zeros((4, 4, 4), np.uint8))
-    content = '{"labels": {"left lobe": 1, "background": 0}, "channel_names": {"0": "CT", "1": "PET"}}'
-    (tmp_path / "dataset.json").write_text(content)
-    source = find_data(str(tmp_path))
-    assert source.task.labels == ("background", "left lobe") and source.task.channels == ("CT", "PET")
-    assert source.task.modality == "CT" and source.task.flip_axes == ()  # left stays left
-    plan = plan_for(2, intensity=((-99.0, 99.0, 0.0, 1.0),) * 2, channels=("CT", "PET"))
-    image = data.prepare_case(source.splits["val"][0], plan).image
-    assert image[1].min() == image[1].max() == image[0].min() + 10 == image[0].max() + 10
-    refuses("found 2 channels, expected", data.prepare_case, source.splits["val"][0], plan_for(2))
+@pytest.mark.parametrize("name, expected", [
+    ("CT", "CT"), ("CT_portal", "CT"), ("CTA", "CT"), ("cone-beam CBCT", "CT"), ("Computed  Tomography", "CT"),
+    ("PET", "MR"), ("MRI", "MR"), ("t1ct", "MR"), ("active", "MR"), ("zscore", "MR"), ("noNorm", "noNorm"),
+    ("nonorm", "noNorm"), ("rescale_to_0_1", "rescale_to_0_1"), ("rgb_to_0_1", "rgb_to_0_1"),
+])  # fmt: skip
+def test_the_modality_of_a_channel_is_a_whole_word_of_its_name(name, expected):
+    assert layouts.modality_of(name) == expected
+
+
+def test_modality_and_flips_are_decided_per_channel_and_never_by_names_of_classes(tmp_path):
+    labels, channels = {"left lobe": 1, "background": 0}, {"0": "PET", "1": "CT"}
+    images = [f"p{i}_{channel:04d}" for i in range(2) for channel in range(2)]
+    root = folder(tmp_path, ["p0", "p1"], images, labels=labels, channel_names=channels)
+    source = find_data(root)
+    assert source.task.labels == ("background", "left lobe") and source.task.flip_axes is None
+    assert source.task.modality == ("MR", "CT") and "PET as MR, CT as CT" in source.notes[0]
+    assert [Path(f).name for f in source.splits["val"][0].images] == ["p0_0000.nii.gz", "p0_0001.nii.gz"]
+    task = find_data(root, modality=["ct"], flip=[]).task
+    assert task.modality == ("CT", "CT") and task.flip_axes == ()
+    task = find_data(root, modality=["MR", "nonorm"], flip=["w", "D"]).task
+    assert task.modality == ("MR", "noNorm") and task.flip_axes == (0, 2)
+    refuses("--modality: found PT, expected CT, MR, noNorm", find_data, root, None, None, None, ["PT"])
+    refuses("found CT CT CT, expected .* each of 2", find_data, root, None, None, None, ["CT"] * 3)
+    refuses("--flip X: expected letters of D H W", find_data, root, None, None, None, None, ["X"])
+
+
+UNUSABLE = {  # labels of a dataset.json -> the sentence that refuses them
+    '{"0": "background"}': "no two labels",
+    "7": "no two labels",
+    '{"background": 0, "a": 1, "whole": [1, 2]}': r'"whole" with id \[1, 2\], expected one id for each label',
+    '{"background": 0, "a": 1, "ignore": 2}': '"ignore" with id 2, expected no label to ignore',
+    '{"background": 0, "a": 1.5, "b": null}': '"a" with id 1.5, "b" with id null, expected a whole number',
+    '{"background": 0, "a": true}': '"a" with id true, expected a whole number',
+    '{"background": 0, "a": 256}': "expected a whole number in one byte",
+    '{"0": "background", "1": 5}': '5 with id "1", expected a name in quotes',
+    '{"background": 0, "a": 1, "b": 1}': '"b" with id 1, expected one name for each id',
+    '{"0": "background", "1": "a", "2": "a"}': '"a" with id "2", expected one id for each name',
+    '{"background": 0, "a": 1, "a": 2}': "a twice",
+    '{"0": "background", "1": "a", "4": "b"}': "no id 2, expected ids 0, 1, 2",
+    '{"0": "a", "1": "background"}': "expected the background as id 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", UNUSABLE)
+def test_every_kind_of_unusable_labels_has_its_own_sentence(tmp_path, labels):
+    (tmp_path / "dataset.json").write_text(f'{{"labels": {labels}, "modality": {{"0": "MR"}}}}')
+    refuses(f"dataset.json: found .*{UNUSABLE[labels]}", find_data, str(tmp_path))
 
 
 def test_an_unusable_folder_says_what_is_expected(tmp_path):
-    for text in ("{", '{"labels": {"0": "a"}}', '{"labels": {"0": "a", "2": "b"}, "modality": {"0": "MR"}}'):
+    good = '"labels": {"0": "a", "1": "b"}'
+    for text, found in (
+        ("{", "no JSON in UTF-8 from line 1 on"), ("[]", "no keys"), (f"{{{good}}}", "the channels null"),
+        (f'{{{good}, "modality": {{"1": "MR"}}}}', "the channels {"), (f'{{{good}, "modality": "CT"}}', 'the channels "CT"'),
+        ('{"file_ending": ".png"}', '".png" as file_ending, expected .nii.gz or .nii'), ('{"patient": 3}', "3 as patient"),
+    ):  # fmt: skip
         (tmp_path / "dataset.json").write_text(text)
-        refuses("dataset.json: found .* expected labels 0, 1, 2", find_data, str(tmp_path))
+        refuses(f"dataset.json: found {re.escape(found)}", find_data, str(tmp_path))
     refuses("neither a preset .* dataset.json", find_data, "acdcc")
     refuses("found 1 cases, expected two", find_data, str(decathlon(tmp_path / "one", 1)))
+    root = folder(
+        tmp_path / "two",
+        ["a", "b"],
+        numTraining=3,
+        training=[{"image": "./imagesTr/c.nii.gz"}],
+        regions_class_order=[1],
+    )
+    (tmp_path / "two/dataset.json").write_bytes(
+        b"\xef\xbb\xbf" + (tmp_path / "two/dataset.json").read_bytes()
+    )
+    assert find_data(root).notes[1:] == (
+        "dataset.json: not read: regions_class_order.",
+        "The files of the folder are used, although dataset.json's training or numTraining differs from its 2 cases a b c.",
+    )
+    refuses("--root x: found beside the folder", find_data, root, "x")
 
 
-def test_images_without_labels_are_grouped_by_case_and_channel(tmp_path):
-    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii")
-    cases = layouts.find_images(tmp_path, 2)
-    assert [(case.name, len(case.images), case.label) for case in cases] == [("a", 2, None), ("b", 2, None)]
-    (tmp_path / "b_0001.nii").unlink()
-    refuses("of b, expected b_0000.nii.gz b_0001.nii.gz", layouts.find_images, tmp_path, 2)
+@pytest.mark.parametrize("scans", [
+    "patient#_frame01 patient#_frame12", "ED_A#S9V9_sa ES_A#S9V9_sa", "a#_t0 a#_t1", "v1-# v2-#",
+    "#a_visit #a_visit2", "sub-#_ses-01_T1w sub-#_ses-02_T1w", "k#.tp1 k#.tp-2", "#_baseline #_follow-up",
+])  # fmt: skip
+def test_cases_of_a_patient_stay_together(tmp_path, scans):
+    names_of = {name: i for i in range(10) for name in scans.replace("#", str(i)).split()}
+    root = folder(tmp_path, list(names_of))
+    for fold in range(5):
+        source = find_data(root, None, fold)
+        train, val = ({names_of[case.name] for case in source.splits[split]} for split in ("train", "val"))
+        assert len(train) == 8 and len(val) == 2 and not train & val
+    assert "20 cases are of 10 patients by their names" in source.notes[-1]
+
+
+def test_a_pattern_overrides_the_guess_of_patients(tmp_path):
+    names = [f"{site}{i}_x" for site in "abcde" for i in range(2)]
+    root = folder(tmp_path, names, patient="^(.)")
+    assert [len(find_data(root, None, fold).splits["val"]) for fold in range(5)] == [2] * 5
+    assert "10 cases are of 5 patients by the pattern ^(.)" in find_data(root).notes[-1]
+    assert "10 cases are of 10 patients" in find_data(root, None, 0, "(.+)_x").notes[-1]
+    for group, found in (
+        ("(", "no regular"),
+        ("x", "0 groups"),
+        ("(a)(.)", "2 groups"),
+        ("(a)", "no match in b0_x"),
+        ("(.*?)", "no match"),
+    ):
+        refuses(re.escape(f"--group {group}: found {found}"), find_data, root, None, 0, group)
+    refuses(r"--group \(x\): found x as the patient of all", find_data, root, None, 0, "(x)")
+    acdc_tree(tmp_path / "acdc")
+    refuses("found the published split of acdc", find_data, "acdc", str(tmp_path / "acdc"), None, "(.)")
+    (tmp_path / "splits_final.json").write_text('[{"train": ["a0_x", "b0_x"], "val": ["a1_x"]}]')
+    assert "1 patients, such as a, have cases in train and in val." in find_data(root).notes
+    alone = folder(tmp_path / "alone", [f"x_v{i}" for i in range(5)])  # no guess: it leaves one patient
+    assert len(find_data(alone).splits["val"]) == 1 and len(find_data(alone).notes) == 1
+
+
+@pytest.mark.parametrize("files, channels, expected", [
+    ("a_0000 a_0001 b_0000 b_0001", 2, {"a": 2, "b": 2}),
+    ("a b", 2, {"a": 1, "b": 1}),  # files of four axes
+    ("a_0000 a_0001 b", 2, {"a": 2, "b": 1}),
+    ("a_0000 a_0001 b_0000", 2, "found .*b_0000.nii.gz of b, expected b_0000.nii.gz b_0001.nii.gz as its channels"),
+    ("a_0000 b_0000", 1, {"a": 1, "b": 1}),
+    ("a_0000 b", 1, {"a_0000": 1, "b": 1}),  # not every name has a number
+    ("amos_0001 amos_0022 mr_0003", 1, {"amos_0001": 1, "amos_0022": 1, "mr_0003": 1}),
+    ("case_0000 case_0001 case_0002 case_0003", 1, "case_0003.nii.gz of case.*\n.*rename the files, .* case-0001"),
+    ("p_0000 p_0001 q", 1, "p_0001.nii.gz of p, expected p_0000.nii.gz as its channels"),
+    ("p_0001 q_0001", 1, "p_0001.nii.gz of p, expected"),
+    ("", 1, "found no .nii or .nii.gz files"),
+])  # fmt: skip
+def test_images_are_grouped_by_case_and_channel_or_keep_their_names(tmp_path, files, channels, expected):
+    touch(tmp_path, *(f"{name}.nii.gz" for name in files.split()), "._a.nii.gz")
+    if isinstance(expected, str):
+        return refuses(expected, layouts.find_images, tmp_path, channels)
+    cases = layouts.find_images(tmp_path, channels)
+    assert {case.name: len(case.images) for case in cases} == expected and not any(c.label for c in cases)
+    assert all([*case.images] == sorted(case.images) for case in cases)
+
+
+def test_one_file_is_an_image_too_and_two_files_of_one_name_are_refused(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii.gz", "c.txt")
+    assert layouts.find_images(tmp_path / "a.nii", 1) == (Case("a", (str(tmp_path / "a.nii"),), None),)
+    refuses("c.txt: found no .nii", layouts.find_images, tmp_path / "c.txt", 1)
     touch(tmp_path, "a.nii.gz")
-    refuses("as channel 0 of a too, expected one file", layouts.find_images, tmp_path, 1)
+    refuses("a.nii.gz: found .*a.nii too", layouts.find_images, tmp_path, 1)
+
+
+def test_a_folder_may_hold_all_channels_in_one_file_and_mix_endings(tmp_path):
+    channels = {"0": "T1", "1": "T2"}
+    root = folder(tmp_path, ["a", "b", "c"], ["a", "b_0000", "b_0001"], modality=channels)
+    (tmp_path / "labelsTr/a.nii.gz").rename(tmp_path / "labelsTr/a.nii")
+    cases = {case.name: case for case in sum(find_data(root).splits.values(), ())}
+    assert [Path(file).name for case in cases.values() for file in case.images] == [
+        "a.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz", "c.nii.gz"]  # fmt: skip
+
+
+def test_what_is_missing_or_too_much_in_a_folder_is_named_by_its_case(tmp_path):
+    channels = {"0": "T1", "1": "T2"}
+    images = [f"{name}_{channel:04d}" for name in "abc" for channel in range(2)]
+    root = folder(tmp_path, ["a", "b"], images, modality=channels)
+    labels = [case.label for case in sum(find_data(root).splits.values(), ())]
+    assert sorted(labels)[-1] == str(tmp_path / "labelsTr/c.nii.gz")
+    touch(tmp_path, "imagesTr/a_0002.nii.gz")
+    refuses("a_0002.nii.gz: found a further channel of a, expected 2", find_data, root)
+
+
+def test_test_images_are_a_split_and_their_labels_may_be_hidden(tmp_path):
+    root = folder(tmp_path, ["a", "b", "amos_0500", "amos_0501"])
+    touch(tmp_path, "imagesTs/c.nii.gz", "imagesTs/amos_0600.nii")
+    assert [case.label for case in find_data(root).splits["testing"]] == [None, None]
+    touch(tmp_path, "labelsTs/c.nii.gz", "labelsTs/amos_0600.nii.gz")
+    source = find_data(root)
+    assert list(source.splits) == ["train", "val", "test"] and names(root)["test"] == ["amos_0600", "c"]
+    assert source.notes[1:] == ("2 of 6 cases have ids above 500, which are MR in AMOS.",)
+    touch(tmp_path, "imagesTs/a.nii.gz")
+    refuses("found a in imagesTr and imagesTs", find_data, root)
 
 
 def test_boxes_come_from_the_truth_or_from_another_programs_folder(tmp_path):
