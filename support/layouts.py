@@ -25,9 +25,10 @@ ACDC_VAL = {89, 90, 91, 93, 94, 96, 97, 98, 99, 100}
 SYNAPSE_TEST = {1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38}
 # Ours: we choose the checkpoint on 3 of the 18 training cases; the paper's validation cases are its test set.
 SYNAPSE_VAL = {27, 34, 40}
+AMOS_MR = re.compile(r"amos_(?!0500)(0[5-9]|[1-9]\d)\d\d")  # ids above 500
 NUM_FOLDS = 5  # as the paper's cross-validation on AMOS
 SPLIT_SEED = 0  # Ours: one seed for all runs, so that they all validate on the same cases
-ENDINGS = (".nii.gz", ".nii")
+ENDINGS, ENDING = (".nii.gz", ".nii"), r"\.nii(\.gz)?$"
 # Ours: parts of names that tell scans of a patient apart: ED, ES, frame01, t0, tp1, v2, visit, ses-01, ...
 SCAN = r"ED|ES|baseline|follow-?up|visit|[tv]\d{1,2}|(frame|time|timepoint|tp|visit|ses|session)[-_]?\d+"
 SCAN = re.compile(rf"(?:^|[-_. ])(?:{SCAN})(?=[-_. ]|$)", re.IGNORECASE)
@@ -43,8 +44,7 @@ class Case:
     """One volume and its files.
 
     Args:
-        name: name of the case, unique in its data set.
-        images: one file per channel, or one file (x, y, z, channel) for all.
+        name, images: unique in its data set; one file per channel, or one (x, y, z, channel) for all.
         label: file of the true label map; None if it is hidden.
         aliases: other names for its prediction; the first is the name that its challenge asks for.
         box_source: file of the label map whose boxes the network is given; None if it makes its own.
@@ -59,10 +59,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """A data set on disk: cases of "train", "val", "test" (never trained on), "testing" (labels hidden).
-
-    The `notes` are sentences: what was guessed, and what the user wrote and we do not read.
-    """
+    """Cases of "train", "val", "test" (never trained on), "testing" (labels hidden); notes on what we guess."""
 
     name: str
     root: str
@@ -85,9 +82,7 @@ def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=N
     """
     if data not in PRESETS:
         if root and Path(root).resolve() != Path(data).resolve():
-            raise ValueError(
-                f"--root {root}: found beside the folder --data {data}, expected beside a preset"
-            )
+            raise ValueError(f"--root {root}: found beside the folder {data}, expected beside a preset")
         return _find_folder(Path(data), fold or 0, group, modality, flip)
     preset, path, notes = PRESETS[data], Path(root or Path("data") / data), []
     if data == "phantom" and not path.exists():
@@ -133,35 +128,34 @@ def patient_of(name: str, group: str | None = None) -> str:
     if group is None:
         return SCAN.sub("", name).strip("-_. ") or name
     try:
-        count, match = re.compile(group).groups, re.search(group, name)
-        found = f"{count} groups" if count != 1 else "no match in " + name
+        match, count = re.search(group, name), re.compile(group).groups
+        if count == 1 and match and match[1]:
+            return match[1]
+        found = f"{count} groups" if count != 1 else f"no match in {name}"
     except (re.error, OverflowError):
-        count, match, found = 0, None, "no regular expression"
-    if count != 1 or not match or not match[1]:
-        expected = "one group that matches the patient in every name, such as (.+)_frame"
-        raise ValueError(f"--group {group}: found {found}, expected {expected}")
-    return match[1]
+        found = "no regular expression"
+    expected = "one group, the patient in every name, such as (.+)_frame"
+    raise ValueError(f"the pattern {group} (--group): found {found}, expected {expected}")
 
 
 def _patients_of(cases: Sequence[Case], group: str | None) -> dict[Case, str]:
     patients = {case: patient_of(case.name, group) for case in cases}
-    guessed_one = group is None and len(set(patients.values())) == 1  # no guess: it leaves nothing to split
-    return {case: case.name for case in cases} if guessed_one else patients
+    if group is None and len(set(patients.values())) == 1:  # a guess that leaves nothing to split is wrong
+        return {case: case.name for case in cases}
+    return patients
 
 
 def _patient_notes(splits: dict[str, tuple[Case, ...]], group: str | None) -> list[str]:
-    """Say which patients have several cases, and which are both trained on and held out."""
-    patients, scans, notes = _patients_of(sum(splits.values(), ()), group), defaultdict(list), []
-    for case, patient in patients.items():
-        scans[patient].append(case.name)
-    if group or len(scans) < len(patients):
+    """Say which cases are of one patient, and which patients are both trained on and held out."""
+    patients, notes = _patients_of(sum(splits.values(), ()), group), []
+    (often, count), *others = Counter(patients.values()).most_common()
+    if group or count > 1:
         why = f"by the pattern {group}" if group else "by their names (--group overrides)"
-        example = " and ".join(max(scans.values(), key=len)[:2])
-        notes = [f"{len(patients)} cases are of {len(scans)} patients {why}; of one patient: {example}."]
-    train = {patients[case] for case in splits["train"]}
-    for split in [split for split in splits if split != "train"]:
-        if both := sorted(train & {patients[case] for case in splits[split]}):
-            notes.append(f"{len(both)} patients, such as {both[0]}, have cases in train and in {split}.")
+        example = " and ".join([case.name for case in patients if patients[case] == often][:2])
+        notes = [f"{len(patients)} cases are of {1 + len(others)} patients {why}; of one: {example}."]
+    for split in splits.keys() - {"train"}:
+        if both := {patients[case] for case in splits["train"]} & {patients[case] for case in splits[split]}:
+            notes.append(f"{len(both)} patients, such as {min(both)}, are in train and in {split}.")
     return notes
 
 
@@ -171,7 +165,7 @@ def split_cases(cases: Sequence[Case], fold: int, group: str | None = None) -> d
     patients = list(dict.fromkeys(patient.values()))
     parts = np.array_split(np.random.default_rng(SPLIT_SEED).permutation(len(patients)), NUM_FOLDS)
     if len(patients) == 1 < len(cases):
-        raise ValueError(f"--group {group}: found {patients[0]} as the patient of all, expected two patients")
+        raise ValueError(f"the pattern {group} (--group): found one patient, {patients[0]}, expected two")
     if not 0 <= fold < NUM_FOLDS or (fold and not len(parts[fold])):
         raise ValueError(f"--fold {fold}: expected 0 to {min(NUM_FOLDS, len(patients)) - 1}")
     held_out = {patients[i] for i in parts[fold]}
@@ -184,14 +178,10 @@ def _files(path: Path) -> dict[str, str]:
     files = {}
     for file in [path] if path.is_file() else sorted(path.glob("[!.]*")):
         if file.name.endswith(ENDINGS) and file.is_file():
-            other = files.setdefault(_stem(file.name), str(file))
+            other = files.setdefault(re.sub(ENDING, "", file.name), str(file))
             if other != str(file):
                 raise ValueError(f"{file}: found {other} too, expected one file of this name")
     return files
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _find_phantom(root: Path) -> dict[str, list[Case]]:
@@ -246,12 +236,8 @@ def _find_synapse(root: Path) -> dict[str, list[Case]]:
     return splits
 
 
-AMOS_MR = re.compile(r"amos_(?!0500)(0[5-9]|[1-9]\d)\d\d")  # ids above 500
-
-
 def _find_amos(root: Path) -> dict[str, list[Case]]:
     base = root / "amos22" if (root / "amos22").is_dir() else root
-
     splits = defaultdict(list)
     for split, part in (("train", "Tr"), ("test", "Va"), ("testing", "Ts")):
         for case in _folder_cases(base, part, 1, whole=True):
@@ -271,10 +257,11 @@ FINDERS = {
 def _find_folder(root: Path, fold: int, group, modality, flip) -> DataSource:
     """Find the cases of a folder in Decathlon's or nnU-Net's raw layout."""
     task, content = _read_dataset_json(root)
-    task, group = _choose(task, modality, flip), group or content.get("patient")
-    whole = bool(
-        _files(root / "imagesTr").keys() & _files(root / "labelsTr")
-    )  # no numbers in names of images
+    task, group = (
+        _choose(task, modality, flip),
+        group or (str(content["patient"]) if "patient" in content else None),
+    )
+    whole = bool(_files(root / "imagesTr").keys() & _files(root / "labelsTr"))  # images without numbers
     cases, tests = (_folder_cases(root, part, len(task.channels), whole) for part in ("Tr", "Ts"))
     if len(cases) < 2:
         raise FileNotFoundError(f"{root}: found {len(cases)} cases, expected two in imagesTr and labelsTr")
@@ -307,9 +294,7 @@ def _read_json(file: Path, expected: str):
         return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = getattr(error, "lineno", 1)
-        raise ValueError(
-            f"{file}: found no JSON in UTF-8 from line {line} on, expected {expected}"
-        ) from error
+        raise ValueError(f"{file}: found no JSON in UTF-8 from line {line} on, expected {expected}") from None
 
 
 def _read_dataset_json(root: Path) -> tuple[Task, dict]:
@@ -325,10 +310,11 @@ def _read_dataset_json(root: Path) -> tuple[Task, dict]:
     content = _read_json(file, expected)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: found no keys, expected {expected}")
-    for key, expected in (("file_ending", ".nii.gz or .nii: convert the files"), ("patient", "a pattern")):
-        value = content.get(key, ".nii")
-        if not isinstance(value, str) or (key == "file_ending" and value not in ENDINGS):
-            raise ValueError(f"{file}: found {json.dumps(value)} as {key}, expected {expected}")
+    if content.get("file_ending", ".nii") not in ENDINGS:
+        found = json.dumps(content["file_ending"])
+        raise ValueError(
+            f"{file}: found the file_ending {found}, expected .nii.gz or .nii: convert the files"
+        )
     labels, table = content.get("labels"), content.get("channel_names") or content.get("modality")
     numbers = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
     if not numbers or set(table) != set(numbers) or not all(isinstance(x, str) for x in table.values()):
@@ -351,46 +337,42 @@ def _class_names(file: Path, labels) -> tuple[str, ...]:
     if not isinstance(labels, dict) or len(labels) < 2:
         raise ValueError(f"{file}: found no two labels, expected labels 0, 1, 2, ... with their names")
     by_id = all(key.isdecimal() for key in labels)  # Decathlon: id -> name; nnU-Net: name -> id
-    names, problems = {}, defaultdict(list)
+    names = {}
     for pair in labels.items():
         value, name = pair if by_id else pair[::-1]
         number = int(value) if str(value).isdecimal() else -1
         checks = {
             "one id for each label, since a voxel has one class": isinstance(value, list),
-            "no label to ignore, since all voxels are trained on; relabel them": name in ("ignore", "Ignore"),
+            "no label to ignore, since all voxels are trained on; relabel them": str(name).lower()
+            == "ignore",
             "a whole number in one byte, 0 to 255, for each name": not 0 <= number <= 255,
             "a name in quotes for each id": not isinstance(name, str) or not name.strip(),
-            "one name for each id": number in names,
+            f"one name for each id, not {names.get(number)} too": number in names,
             "one id for each name": name in names.values(),
             "the background as id 0": number > 0 and str(name).lower() == "background",
         }
-        for expected in [key for key, wrong in checks.items() if wrong][:1]:
-            problems[expected].append(f"{json.dumps(name)} with id {json.dumps(value)}")
+        if wrong := [expected for expected, found in checks.items() if found]:
+            found = f"the label {json.dumps(name)} with the id {json.dumps(value)}"
+            raise ValueError(f"{file}: found {found}, expected {wrong[0]}")
         names[number] = name
-    if missing := [str(i) for i in range(len(labels)) if i not in names]:
-        problems["ids 0, 1, 2, ... without gaps; name or renumber them"].append(f"no id {', '.join(missing)}")
-    for expected, found in problems.items():
-        raise ValueError(f"{file}: found {', '.join(found)}, expected {expected}")
+    if missing := [str(i) for i in range(len(names)) if i not in names]:
+        expected = "ids 0, 1, 2, ... without gaps; name or renumber them"
+        raise ValueError(f"{file}: found no label with the id {', '.join(missing)}, expected {expected}")
     return tuple(names[i] for i in range(len(names)))
 
 
 def _unread_notes(content: dict, cases: list[Case]) -> list[str]:
     """Name what stands in dataset.json and is not read, or differs from the folder."""
-    notes, folder, listed = [], {case.name for case in cases}, content.get("training")
+    notes, known, listed = [], {case.name for case in cases}, content.get("training")
     channels = "channel_names" if content.get("channel_names") else "modality"
     if unread := sorted(content.keys() - {channels, *KNOWN_KEYS}):
         notes.append(f"dataset.json: not read: {', '.join(unread)}.")
-    entries = (
-        [x.get("image") if isinstance(x, dict) else x for x in listed if x]
-        if isinstance(listed, list)
-        else []
-    )
-    differing = sorted({_stem(re.split(r"[/\\]", str(x))[-1]) for x in entries} ^ folder) if entries else []
+    listed = listed if isinstance(listed, list) else []
+    entries = [str(x.get("image") if isinstance(x, dict) else x) for x in listed]
+    differing = sorted({re.sub(ENDING, "", Path(x).name) for x in entries} ^ known) if entries else []
     if differing or str(content.get("numTraining", len(cases))) != str(len(cases)):
-        found = (
-            f"training or numTraining differs from its {len(cases)} cases {' '.join(differing[:3])}".strip()
-        )
-        notes.append(f"The files of the folder are used, although dataset.json's {found}.")
+        found = " ".join([f"the folder's {len(cases)} cases are used, dataset.json differs", *differing[:3]])
+        notes.append(f"training, numTraining: {found}.")
     return notes
 
 
@@ -419,13 +401,10 @@ def _read_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[Ca
     """Take a fold of nnU-Net's splits_final.json."""
     expected = 'a list of folds such as {"train": [names], "val": [names]}'
     folds, by_name = _read_json(file, expected), {case.name: case for case in cases}
-    if not isinstance(folds, list) or not 0 <= fold < len(folds):
-        found = f"{len(folds)} folds" if isinstance(folds, list) else "no list"
-        raise ValueError(f"{file}: found {found}, expected {expected}, and one for --fold {fold}")
-    parts = folds[fold] if isinstance(folds[fold], dict) else {}
-    if parts.keys() != {"train", "val"} or not all(isinstance(x, list) and x for x in parts.values()):
-        found = f"the keys {', '.join(parts) or 'none'} or an empty part in fold {fold}"
-        raise ValueError(f"{file}: found {found}, expected {expected}")
+    parts = folds[fold] if isinstance(folds, list) and 0 <= fold < len(folds) else {}
+    lists = list(parts.values()) if isinstance(parts, dict) and parts.keys() == {"train", "val"} else [0]
+    if not all(isinstance(part, list) and part for part in lists):
+        raise ValueError(f"{file}: found {json.dumps(parts)[:60]} as fold {fold}, expected {expected}")
     names = parts["train"] + parts["val"]
     wrong = [json.dumps(x) for x in names if not isinstance(x, str) or x not in by_name]
     if wrong or len(set(names)) < len(names):
@@ -439,8 +418,7 @@ def find_images(path: str | Path, num_channels: int) -> tuple[Case, ...]:
     """Find the images of a folder, or one image, as cases without labels.
 
     Each case has a file per channel, CASE_0000.nii.gz, CASE_0001.nii.gz, ..., or one for all, CASE.nii.gz.
-
-    Raises: FileNotFoundError if there is no image, ValueError for too few or too many channels.
+    A FileNotFoundError says that there is none, a ValueError that channels are missing or too many.
     """
     if not (files := _files(Path(path))):
         raise FileNotFoundError(f"{path}: found no .nii or .nii.gz files, expected the images to predict")
@@ -461,14 +439,11 @@ def _by_case(files: dict[str, str], num_channels: int, whole: bool = False) -> d
     unclear = -1 in numbers and not any({0, 1} <= own.keys() for own in cases.values())
     if whole or unclear or max(numbers, default=0) >= max(10, num_channels):
         return {stem: (file,) for stem, file in files.items()}
-    problems = []
     for name, own in cases.items():
         if own.keys() not in ({-1}, set(range(num_channels))):
             wanted = " ".join(f"{name}_{channel:04d}.nii.gz" for channel in range(num_channels))
-            problems.append(f"found {' '.join(own.values())} of {name}, expected {wanted} as its channels")
-    if problems:
-        way_out = f"If the numbers count cases, rename the files, for example to {name}-0001.nii.gz."
-        raise ValueError("\n".join([*problems, way_out]))
+            way_out = f"if the numbers count cases, rename the files, for example to {name}-0001.nii.gz"
+            raise ValueError(f"found {' '.join(own.values())} of {name}, expected {wanted}; {way_out}")
     return {name: tuple(own[number] for number in sorted(own)) for name, own in cases.items()}
 
 
