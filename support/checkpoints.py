@@ -1,17 +1,31 @@
 """Write and read the files of trained weights (paper 3); model.py builds a model from them.
 
-{config, sam, plan, state, ...} ── write_checkpoint ──> best.pt ── read_checkpoint ──> the same dict
+{config, sam, plan, state, cases, ...} ── write_checkpoint ──> best.pt ── read_checkpoint ──> the same dict
 """
 
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from support.files import write_whole
+from support.files import reason, write_whole
 
 # Every checkpoint has the configuration of the model, the name and sha256 of SAM's file, the plan of the
-# data, and the trained weights. `model.checkpoint_content` makes these four.
-KEYS = {"config", "sam", "plan", "state"}
+# data, the trained weights, and the names of the cases: {"train": [name], "val": [name]}.
+KEYS = {"config", "sam", "plan", "state", "cases"}
+# Entries that some checkpoints have. train.py needs all of them to resume.
+OTHER_TYPES = {"arguments": dict, "metrics": dict, "schedule": dict, "optimizer": dict, "scaler": dict}
+OTHER_TYPES |= {"sums": dict, "epoch": int, "step": int, "best": float, "elapsed": float}
+# Ours: bounds of a configuration. A damaged or foreign file cannot ask for all the memory.
+BOUNDS = {
+    "num_channels": 64,
+    "num_classes": 256,
+    "num_queries": 1024,
+    "patch_size": 1024,
+    "encoder_size": 4096,
+}
 
 
 def write_checkpoint(path: str | Path, content: dict) -> None:
@@ -22,28 +36,73 @@ def write_checkpoint(path: str | Path, content: dict) -> None:
         content: the `KEYS`, and further plain values or tensors, such as the epoch or the optimizer's state.
     Raises:
         OSError: the file could not be written. A file that was there before is unchanged.
+        ValueError: the state has NaN or infinity. A file that was there before is unchanged, too.
     """
+    if name := not_finite(content.get("state", {})):
+        raise ValueError(f"{path}: found numbers that are not finite in {name}, so nothing was written")
     write_whole(Path(path), lambda file: torch.save(content, file))
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, more: Iterable[str] = ()) -> dict:
     """Return the content of a checkpoint, with all tensors on the CPU.
 
     Only tensors and plain values are read (`weights_only`), so a file of unknown origin cannot run code.
 
+    Args:
+        path: the file. more: keys of `OTHER_TYPES` that it must have besides the `KEYS`.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or it lacks one of the `KEYS`.
+        ValueError: the file is damaged, or one of its entries is missing, of another type, or out of bounds.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: found no such file, expected a checkpoint of train.py, as in runs/")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = KEYS - content.keys()
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # reads all bytes and compares their sums, which torch does not
+        problem = f"damaged bytes in {damaged}" if damaged else None
+        if problem is None:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            problem = next(_problems(content, {*KEYS, *more}, Path(path).stat().st_size), None)
     except Exception as error:  # A broken or foreign file can raise almost any error here.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: found {reason}, expected a checkpoint of train.py") from error
-    if missing:
-        lacking = ", ".join(sorted(missing))
-        raise ValueError(f"{path}: found no {lacking} in it, expected a checkpoint that train.py wrote")
+        # torch advises to read such a file without `weights_only`, which would run its code.
+        problem = "more than tensors and plain values" if "weights_only" in str(error) else reason(error)
+        raise ValueError(f"{path}: found {problem}, expected a checkpoint of train.py") from error
+    if problem:
+        raise ValueError(f"{path}: found {problem}, expected a checkpoint that train.py wrote")
     return content
+
+
+def not_finite(state: dict[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with NaN or infinity, or None."""
+    return next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+
+
+def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
+    """Yield what is wrong with the content of a file of `size` bytes."""
+    if missing := keys - content.keys():
+        yield f"no {', '.join(sorted(missing))} in it"
+    for key, kind in (dict.fromkeys(KEYS, dict) | OTHER_TYPES).items():
+        if key in content and type(content[key]) is not kind:
+            yield f"{key} of type {type(content[key]).__name__}"
+    config, task = content["config"], content["plan"].get("task", {})
+    for name, bound in BOUNDS.items():
+        sides = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
+        if not all(type(side) is int and 1 <= side <= bound for side in sides):
+            yield f"{name} {config[name]}, which is not between 1 and {bound},"
+    for where, name in (
+        (task, "labels"),
+        (task, "channels"),
+        (content["cases"], "train"),
+        (content["cases"], "val"),
+    ):
+        if not all(isinstance(word, str) for word in where[name]) or isinstance(where[name], str):
+            yield f"{name} that are not names"
+    if (len(task["labels"]), len(task["channels"])) != (config["num_classes"], config["num_channels"]):
+        yield f"a model of other numbers than {len(task['labels'])} classes, {len(task['channels'])} channels,"
+    if not isinstance(content["sam"].get("sha256", 0), (str, type(None))):
+        yield "no sha256 of SAM's file"
+    for name, tensor in content["state"].items():
+        if not isinstance(tensor, Tensor) or tensor.nbytes > size:  # A view can claim more than the file has.
+            yield f"no numbers for {name}"
+    if name := not_finite(content["state"]):
+        yield f"numbers that are not finite in {name}"
