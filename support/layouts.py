@@ -59,7 +59,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """Cases of "train", "val", "test" (never trained on), "testing" (labels hidden); notes on what we guess."""
+    """Cases of "train", "val", "test" (never trained on), "testing" (labels hidden); notes on guesses."""
 
     name: str
     root: str
@@ -153,7 +153,7 @@ def _patient_notes(splits: dict[str, tuple[Case, ...]], group: str | None) -> li
         why = f"by the pattern {group}" if group else "by their names (--group overrides)"
         example = " and ".join([case.name for case in patients if patients[case] == often][:2])
         notes = [f"{len(patients)} cases are of {1 + len(others)} patients {why}; of one: {example}."]
-    for split in splits.keys() - {"train"}:
+    for split in sorted(splits.keys() - {"train"}):
         if both := {patients[case] for case in splits["train"]} & {patients[case] for case in splits[split]}:
             notes.append(f"{len(both)} patients, such as {min(both)}, are in train and in {split}.")
     return notes
@@ -257,10 +257,9 @@ FINDERS = {
 def _find_folder(root: Path, fold: int, group, modality, flip) -> DataSource:
     """Find the cases of a folder in Decathlon's or nnU-Net's raw layout."""
     task, content = _read_dataset_json(root)
-    task, group = (
-        _choose(task, modality, flip),
-        group or (str(content["patient"]) if "patient" in content else None),
-    )
+    task = _choose(task, modality, flip)
+    if group is None and "patient" in content:
+        group = str(content["patient"])
     whole = bool(_files(root / "imagesTr").keys() & _files(root / "labelsTr"))  # images without numbers
     cases, tests = (_folder_cases(root, part, len(task.channels), whole) for part in ("Tr", "Ts"))
     if len(cases) < 2:
@@ -294,7 +293,7 @@ def _read_json(file: Path, expected: str):
         return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = getattr(error, "lineno", 1)
-        raise ValueError(f"{file}: found no JSON in UTF-8 from line {line} on, expected {expected}") from None
+        raise ValueError(f"{file}: found no JSON in UTF-8, line {line}, expected {expected}") from error
 
 
 def _read_dataset_json(root: Path) -> tuple[Task, dict]:
@@ -312,9 +311,7 @@ def _read_dataset_json(root: Path) -> tuple[Task, dict]:
         raise ValueError(f"{file}: found no keys, expected {expected}")
     if content.get("file_ending", ".nii") not in ENDINGS:
         found = json.dumps(content["file_ending"])
-        raise ValueError(
-            f"{file}: found the file_ending {found}, expected .nii.gz or .nii: convert the files"
-        )
+        raise ValueError(f"{file}: found the file_ending {found}, expected .nii.gz: convert the files")
     labels, table = content.get("labels"), content.get("channel_names") or content.get("modality")
     numbers = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
     if not numbers or set(table) != set(numbers) or not all(isinstance(x, str) for x in table.values()):
@@ -343,8 +340,7 @@ def _class_names(file: Path, labels) -> tuple[str, ...]:
         number = int(value) if str(value).isdecimal() else -1
         checks = {
             "one id for each label, since a voxel has one class": isinstance(value, list),
-            "no label to ignore, since all voxels are trained on; relabel them": str(name).lower()
-            == "ignore",
+            "no voxels to ignore; give them another label": str(name).lower() == "ignore",
             "a whole number in one byte, 0 to 255, for each name": not 0 <= number <= 255,
             "a name in quotes for each id": not isinstance(name, str) or not name.strip(),
             f"one name for each id, not {names.get(number)} too": number in names,
@@ -371,8 +367,9 @@ def _unread_notes(content: dict, cases: list[Case]) -> list[str]:
     entries = [str(x.get("image") if isinstance(x, dict) else x) for x in listed]
     differing = sorted({re.sub(ENDING, "", Path(x).name) for x in entries} ^ known) if entries else []
     if differing or str(content.get("numTraining", len(cases))) != str(len(cases)):
-        found = " ".join([f"the folder's {len(cases)} cases are used, dataset.json differs", *differing[:3]])
-        notes.append(f"training, numTraining: {found}.")
+        used = f"the {len(cases)} cases of the folder are used"
+        example = f" (for example in {differing[0]})" if differing else ""
+        notes.append(f"dataset.json: training or numTraining differs from the folder{example}; {used}.")
     return notes
 
 
@@ -404,7 +401,8 @@ def _read_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[Ca
     parts = folds[fold] if isinstance(folds, list) and 0 <= fold < len(folds) else {}
     lists = list(parts.values()) if isinstance(parts, dict) and parts.keys() == {"train", "val"} else [0]
     if not all(isinstance(part, list) and part for part in lists):
-        raise ValueError(f"{file}: found {json.dumps(parts)[:60]} as fold {fold}, expected {expected}")
+        found = f"{json.dumps(parts)[:60]} as" if parts else "no"
+        raise ValueError(f"{file}: found {found} fold {fold}, expected {expected}")
     names = parts["train"] + parts["val"]
     wrong = [json.dumps(x) for x in names if not isinstance(x, str) or x not in by_name]
     if wrong or len(set(names)) < len(names):

@@ -3,7 +3,7 @@
 import pytest
 
 from model import MaskSAMConfig
-from support.presets import PRESETS, folder_preset, recipe
+from support.presets import MODALITIES, PRESETS, folder_preset, recipe
 from support.sam import BACKBONES
 
 
@@ -14,7 +14,10 @@ def test_labels_scored_organs_and_flips_belong_together():
     sizes = {name: len(preset.task.labels) for name, preset in PRESETS.items()}
     assert sizes == {"phantom": 4, "acdc": 4, "synapse": 14, "amos": 16}
     assert PRESETS["acdc"].task.labels[1:] == ("RV", "Myo", "LV")
+    assert {name for name, preset in PRESETS.items() if preset.task.keep_slices} == {"phantom", "acdc"}
     for preset in PRESETS.values():  # a flipped left kidney would be a right one
+        assert len(preset.task.modality) == len(preset.task.channels)
+        assert set(preset.task.modality) <= set(MODALITIES)
         assert not preset.task.flip_axes or not any("left" in name for name in preset.task.labels)
 
 
