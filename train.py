@@ -7,10 +7,12 @@
     python train.py --data acdc --root DIR                  ACDC with SAM's ViT-B on one GPU
     torchrun --nproc_per_node=8 train.py --data acdc        on eight GPUs: eight times the batch, another run
     python train.py --data DIR --sam lite_medsam            any folder with a dataset.json, on a laptop
-    python train.py --data acdc --resume                    continue runs/acdc-vit_b/last.pt
+    torchrun --max-restarts=3 train.py --resume             go on from last.pt, also after crashes
+    python train.py --data DIR --init FILE                  start from a checkpoint of another data set
 
 A preset of support/presets.py gives sizes and schedule; options replace single values. A run writes best.pt,
-last.pt, config.json, log.jsonl, curves.png and overlay.png to runs/<data>-<name>/.
+last.pt, config.json, log.jsonl, lock, curves.png and overlay.png to runs/<data>-<name>/. On SIGTERM, SIGINT
+or SIGUSR1 it finishes the step, writes last.pt, and ends with the status 128 + number of the signal.
 """
 
 import os
@@ -21,17 +23,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
+import math
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,19 +45,21 @@ import data
 import evaluate
 import model
 from matcher import SetCriterion
-from support import files, layouts, metrics, nifti
-from support.checkpoints import read_checkpoint, write_checkpoint
+from support import files, layouts, metrics, nifti, processes
+from support.checkpoints import OTHER_TYPES, read_checkpoint, write_checkpoint
 from support.presets import LIGHT_SCALES, PRESETS, Preset, folder_preset, recipe
-from support.sam import BACKBONES
+from support.sam import BACKBONES, find_sam_file
 
-# Settings that must not change when a run is resumed, besides the model and the plan of the data.
+MAX_SKIPPED = 10  # Ours: steps in a row whose numbers are not finite, before the run stops
+# Settings that must not change when a run is resumed, besides the model and the plan of the data. Only the
+# number of epochs may grow: the rate of the next step is then that of the longer schedule.
 SCHEDULE = ("epochs", "iterations", "batch_size", "accumulate", "lr", "weight_decay", "adam_eps", "clip")
 SCHEDULE += ("mask_weight", "amp", "seed", "prompts")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. None stands for a value of the preset, which `resolve` fills in."""
-    common = "data root fold cache sam-checkpoint prompts device".split()
+    common = "data root fold group modality flip cache sam-checkpoint prompts device".split()
     parser = files.make_parser(__doc__, *common, data="phantom")
     add = parser.add_argument
     add("--name", help="the run is written to runs/<data>-<name> (default: the backbone's name)")
@@ -73,7 +80,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
     add("--val-every", type=int, help="epochs between validations (default: a tenth of all, at least 2)")
     add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
-    add("--resume", action="store_true", help="continue from last.pt of this run")
+    add("--resume", action="store_true", help="continue from last.pt of this run, if there is one")
+    add("--init", metavar="FILE", help="checkpoint whose tensors are loaded first, if they fit")
     return parser.parse_args(argv)
 
 
@@ -90,10 +98,18 @@ def resolve(args: argparse.Namespace, preset: Preset) -> None:
     if args.checkpointing is None:  # Ours: the light backbones keep their activations, which are small.
         args.checkpointing = args.sam not in LIGHT_SCALES
     args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
-    args.val_every = args.val_every or max(2, args.epochs // 10)  # Ours
-    for name in ("epochs", "iterations", "batch_size", "accumulate", "lr"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.split('_')[0]}: found {getattr(args, name)}, expected more than 0")
+    if args.val_every is None:
+        args.val_every = max(2, args.epochs // 10)  # Ours
+    for name in ("epochs", "iterations", "batch_size", "accumulate", "val_every", "lr", "workers", "seed"):
+        option, value, least = (
+            name.removesuffix("_size").replace("_", "-"),
+            getattr(args, name),
+            "more than 0",
+        )
+        if name in ("workers", "seed"):
+            value, least = value + 1, "0 or more"
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{option}: found {getattr(args, name)}, expected {least}")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -112,34 +128,39 @@ class Run:
     """One process of a training, with the data, the network and the optimizer."""
 
     args: argparse.Namespace  # the command line; `resolve` fills in its open values
-    rank: int  # number of this process among all
-    local_rank: int  # number of this process, and of its GPU, on this machine
-    world: int  # number of processes
+    group: processes.Processes  # this process among all
 
     def __post_init__(self):
-        args, world = self.args, self.world
-        self.source, self.plan, self.cache = open_data(args, self.rank, world)
+        args, self.rank, self.world = self.args, self.group.rank, self.group.world
+        self.source, self.plan, self.cache = open_data(args, self.group)
         cases = self.source.splits["train"]
+        self.cases = {split: [case.name for case in self.source.splits[split]] for split in ("train", "val")}
         shapes = data.cached_shapes(cases, self.plan, self.cache)
         resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes))
-        self.device = torch.device(f"cuda:{self.local_rank}" if args.device == "cuda" else args.device)
+        gpu = f"cuda:{self.group.local_rank}"
+        self.device = torch.device(gpu if args.device == "cuda" else args.device)
         self.folder = Path("runs") / f"{self.source.name}-{args.name}"
-        self.build_network()
-        schedule = {name: getattr(args, name) for name in SCHEDULE} | {"processes": world}
-        self.settings = {"arguments": vars(args), "schedule": schedule, "commit": git_commit()}
-        self.first_epoch, self.best, self.start = 0, -1.0, time.time()  # epochs done, best validation Dice
-        if args.resume:
-            resume(self)
-        elif (self.folder / "last.pt").exists():
+        if not args.resume and (self.folder / "last.pt").exists():
             raise ValueError(f"{self.folder}: found a run; use --resume, choose another --name, or delete it")
-        length = args.epochs * args.iterations * args.accumulate * args.batch_size * world
+        check_queries(cases, self.plan, self.cache, args.num_queries)
+        self.lock = processes.lock(self.folder) if self.rank == 0 else None
+        self.build_network()
+        schedule = {name: getattr(args, name) for name in SCHEDULE} | {"processes": self.world}
+        self.settings = {"arguments": vars(args), "schedule": schedule, "commit": git_commit()}
+        self.epoch = self.step = self.skipped = 0  # epochs and steps done, steps skipped in a row
+        self.best, self.sums, self.elapsed = -1.0, {}, 0.0  # best Dice; sums and seconds of the epoch so far
+        if not resume(self) and args.init:
+            start_from(self)
+        length = args.epochs * args.iterations * args.accumulate * args.batch_size * self.world
         patches = data.PatchDataset(cases, self.plan, self.cache, args.patch_size, length, args.seed)
-        indices = patch_indices(self.first_epoch * args.iterations, args, self.rank, world)
         options = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
+        options |= {"worker_init_fn": processes.ignore_signals}
+        indices = patch_indices(self.step, args, self.rank, self.world)
         self.batches = iter(DataLoader(patches, args.batch_size, sampler=indices, **options))
-        gpus = [self.local_rank] if self.device.type == "cuda" else None
+        gpus = [self.device.index] if self.device.type == "cuda" else None
         # DDP averages the gradients of the processes.
-        self.wrapped = self.model if world == 1 else DDP(self.model, gpus, broadcast_buffers=False)
+        self.wrapped = self.model if self.world == 1 else DDP(self.model, gpus, broadcast_buffers=False)
+        self.first_step, self.start = self.step, time.time()
 
     def build_network(self) -> None:
         """Build the network from the seed, its loss and its optimizer."""
@@ -163,80 +184,164 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
 
 
-def open_data(args: argparse.Namespace, rank: int, world: int) -> tuple[layouts.DataSource, data.Plan, Path]:
-    """Find the cases and prepare them, first in rank 0. Return the data set, its plan and their cache."""
-    source, splits = layouts.find_data(args.data, args.root, args.fold), {}
+def open_data(
+    args: argparse.Namespace, group: processes.Processes
+) -> tuple[layouts.DataSource, data.Plan, Path]:
+    """Find the cases and prepare them, first in process 0. Return the data set, its plan and their cache."""
+    chosen = args.fold, args.group, args.modality, args.flip
+    source, splits = layouts.find_data(args.data, args.root, *chosen), {}
     for name in ("train", "val"):
         if not source.splits.get(name):
             raise ValueError(f"{source.root}: found no {name} cases, only {', '.join(source.splits)}")
         splits[name] = layouts.with_box_source(source.splits[name], args.prompts)
     source = dataclasses.replace(source, splits=source.splits | splits)
     cache = Path(args.cache) / source.name
-    if world > 1:  # Preparing a large set may take the others longer than the usual limit of ten minutes.
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-        if rank == 0:
-            data.prepare(source, cache, files.default_workers())
-        dist.barrier(patient)  # From here on everything is prepared.
-    return source, data.prepare(source, cache, files.default_workers()), cache
+
+    def prepare() -> data.Plan:
+        # A missing file of SAM is found before hours of preparing.
+        find_sam_file(args.sam or getattr(PRESETS.get(args.data), "sam", Preset.sam), args.sam_checkpoint)
+        return data.prepare(source, cache, files.default_workers())
+
+    plan = group.from_first(prepare)
+    return source, plan if group.rank == 0 else prepare(), cache  # Another machine may have its own cache.
 
 
-def resume(run: Run) -> None:
-    """Load last.pt into a run. Raises ValueError if a setting that must not change has changed."""
-    content = read_checkpoint(path := run.folder / "last.pt")
+def check_queries(cases: Sequence[layouts.Case], plan: data.Plan, cache: Path, num_queries: int) -> None:
+    """Raise a ValueError if a slice of the training cases has more classes than there are queries."""
+    if num_queries >= len(plan.task.labels):
+        return
+    for case in cases:
+        for number, part in enumerate(data.load_cached(case, plan, cache).label):
+            found = np.union1d(part, 0)  # Background may come in at the border of a patch.
+            if len(found) > num_queries:
+                classes = ", ".join(plan.task.labels[i] for i in found)
+                raise ValueError(
+                    f"{case.name}: found {len(found)} classes in slice {number} ({classes}), expected "
+                    f"at most as many as the {num_queries} queries: raise --queries"
+                )
+
+
+def resume(run: Run) -> bool:
+    """Load last.pt into a run, if there is one, and say whether. ValueError: a fixed setting has changed."""
+    path, keys = run.folder / "last.pt", OTHER_TYPES.keys()
+    content = run.group.from_first(lambda: read_checkpoint(path, keys) if path.exists() else None)
+    if content is None:
+        return False
     old = content["config"] | content["plan"] | content["schedule"]
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
+    if (epochs := new["epochs"]) > old.get("epochs", epochs):
+        if run.group.rank == 0:
+            print(f"extends   {path} to {epochs} epochs; from here on the rate is that of {epochs} epochs")
+        old["epochs"] = epochs
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    changed += [f"other {split} cases" for split in run.cases if run.cases[split] != content["cases"][split]]
     if changed:
         raise ValueError(f"{path}: found another configuration ({'; '.join(changed)}); use another --name")
     model.load_trained_state(run.model, content["state"], path)
-    run.optimizer.load_state_dict(content["optimizer"])
-    run.scaler.load_state_dict(content["scaler"])
-    run.first_epoch, run.best = content["epoch"], content["best"]
+    try:
+        run.optimizer.load_state_dict(content["optimizer"])
+        run.scaler.load_state_dict(content["scaler"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: found a state of another optimizer, expected AdamW's") from error
+    run.best, run.sums, run.elapsed = content["best"], content["sums"], content["elapsed"]
+    run.epoch, run.step = content["epoch"], content["step"]
+    return True
 
 
-def train(args: argparse.Namespace, rank: int, local_rank: int, world: int) -> dict:
+def start_from(run: Run) -> None:
+    """Load the tensors of --init that fit by name and shape, and print the others in one line per kind."""
+    path = run.args.init
+    content, own = run.group.from_first(lambda: read_checkpoint(path)), model.trained_state(run.model)
+    if (found := content["config"]["sam"]) != run.args.sam:
+        raise ValueError(f"--init {path}: found the backbone {found}, expected {run.args.sam} as in --sam")
+    state = content["state"]
+    fits = {key for key in own.keys() & state.keys() if own[key].shape == state[key].shape}
+    run.model.load_state_dict({key: state[key] for key in fits}, strict=False)
+    kinds = {"of another shape": own.keys() & state.keys() - fits}
+    kinds |= {"only in the model": own.keys() - state.keys(), "only in the file": state.keys() - own.keys()}
+    if run.rank == 0:
+        print(f"init      {path}: {len(fits)} of {len(own)} tensors fit")
+        for kind, names in kinds.items():
+            if names:
+                print(f"          {kind}, not loaded: {', '.join(sorted(names))}")
+
+
+def train(args: argparse.Namespace, group: processes.Processes) -> dict:
     """Run a whole training. Return `metrics.summarize` of the best checkpoint on the validation cases."""
-    run = Run(args, rank, local_rank, world)
-    if rank == 0:
+    run = Run(args, group)
+    if run.rank == 0:
         begin_log(run)
-    for epoch in range(run.first_epoch, args.epochs):
-        began = time.time()
-        entry = train_epoch(run, epoch) | {"seconds": time.time() - began, "val_dice": None}
-        if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
-            results = validate(run)
-            per_class = {label: values["dice"] for label, values in results["per_class"].items()}
-            # Cases without any object have no Dice; with 0 there is a best checkpoint all the same.
-            entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
-        if rank == 0:
-            save(run, entry | {"seconds_with_validation": time.time() - began})
-    if world > 1:
-        dist.barrier()
-    best = run.folder / "best.pt"
-    model.load_trained_state(run.model, read_checkpoint(best)["state"], best)
-    # evaluate.py averages mirrored predictions by default; the validation during training has no time for it.
-    results = validate(run, run.plan.task.flip_axes)
-    if rank == 0:
+    with processes.catch_signals() as run.signals:
+        while run.epoch < args.epochs:
+            began = time.time() - run.elapsed
+            train_epoch(run, began)
+            entry = epoch_means(run) | {"seconds": time.time() - began, "val_dice": None}
+            if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
+                run.elapsed = entry["seconds"]
+                save(run)  # After a signal only the validation is repeated.
+                results = validate(run)
+                per_class = {label: values["dice"] for label, values in results["per_class"].items()}
+                # Cases without any object have no Dice; with 0 there is a best checkpoint all the same.
+                entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
+            run.epoch, run.sums, run.elapsed = run.epoch + 1, {}, 0.0
+            end_epoch(run, entry | {"seconds_with_validation": time.time() - began})
+        best = run.folder / "best.pt"  # It may lie on another machine.
+        state = group.from_first(lambda: read_checkpoint(best)["state"])
+        model.load_trained_state(run.model, state, best)
+        # evaluate.py averages mirrored predictions by default; the validation in training has no time for it.
+        results = validate(run, run.plan.task.flip_axes)
+    if run.rank == 0:
         metrics.print_table(results | {"prompts": args.prompts})
         draw(run)
     return results
 
 
-def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train for one epoch. Return the means of `train_step`, the number of epochs, and the last rate."""
-    args, sums = run.args, {}
+def train_epoch(run: Run, began: float) -> None:
+    """Train to the end of the epoch, from `run.step` on, and add the values of `train_step` to `run.sums`.
+
+    Steps that were skipped, because a number was not finite, are counted in their place.
+    """
+    args, end = run.args, (run.epoch + 1) * run.args.iterations
     run.wrapped.train()
-    steps = range(epoch * args.iterations, (epoch + 1) * args.iterations)
-    bar = tqdm(steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
-    for step in bar:
-        run.optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
-        values = train_step(run)
-        sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+    bar = tqdm(desc=f"epoch {run.epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
+    bar.reset(args.iterations)
+    bar.update(run.step - run.epoch * args.iterations)
+    while run.step < end:
+        run.optimizer.param_groups[0]["lr"] = rate = learning_rate(run.step, args)
+        values, stopped = train_step(run)
+        run.step += 1
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        run.skipped = run.skipped + 1 if wrong else 0
+        if run.skipped == MAX_SKIPPED:
+            raise ValueError(
+                f"step {run.step}: found numbers that are not finite in {', '.join(wrong)} for {run.skipped} "
+                "steps in a row, expected finite ones: lower --lr, or use --amp bf16 or off"
+            )
+        for name, value in ({"skipped": 1.0} if wrong else values).items():
+            run.sums[name] = run.sums.get(name, 0.0) + value
         bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}")
-    return {name: value / args.iterations for name, value in sums.items()} | {"epoch": epoch + 1, "lr": rate}
+        bar.update()
+        if stopped:
+            run.elapsed = time.time() - began
+            stop(run)
 
 
-def train_step(run: Run) -> dict[str, float]:
-    """Take one optimizer step. Return loss, terms and gradient norm, averaged over the processes."""
+def epoch_means(run: Run) -> dict[str, float]:
+    """Return the means over the steps of an epoch that were taken, the epoch's number, and the last rate."""
+    skipped = int(run.sums.get("skipped", 0))
+    taken = run.args.iterations - skipped
+    means = {name: value / taken for name, value in run.sums.items() if name != "skipped"} or {
+        "loss": math.nan
+    }
+    rate = learning_rate(run.step - 1, run.args)
+    return means | {"skipped": skipped, "epoch": run.epoch + 1, "lr": rate}
+
+
+def train_step(run: Run) -> tuple[dict[str, float], bool]:
+    """Take one optimizer step, unless a number is not finite in one of the processes.
+
+    Returns: loss, terms and gradient norm, averaged over the processes; whether one of them got a signal.
+    """
     args, sums = run.args, {}
     for micro in range(args.accumulate):
         # volume (B, C, D, H, W), labels (B, D, H, W)
@@ -255,14 +360,33 @@ def train_step(run: Run) -> dict[str, float]:
     run.scaler.unscale_(run.optimizer)
     # Release: the norm of the gradient is at most 12.
     sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], args.clip)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    sums["stop"] = torch.full((), bool(run.signals.number), device=run.device)
     values = torch.stack([value.float() for value in sums.values()])  # one copy from the device per step
     if run.world > 1:
         dist.all_reduce(values)
         values = values / run.world
-    return dict(zip(sums, values.tolist()))
+    values = dict(zip(sums, values.tolist()))
+    stopped = values.pop("stop") > 0
+    if all(map(math.isfinite, values.values())):  # All processes see the same values.
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return values, stopped
+
+
+def stop(run: Run) -> None:
+    """Write last.pt and end all processes, with the status that shells give to a signal."""
+    numbers = [number for number in run.group.gather(run.signals.number) if number]
+    if run.epoch < run.args.epochs:  # At the end the model is the best one, and last.pt is written.
+        save(run)
+    run.batches = None  # ends the processes that load patches
+    if run.rank == 0:
+        name, path = signal.Signals(numbers[0]).name, run.folder / "last.pt"
+        tqdm.write(f"{name}: stopped after step {run.step}, {path} is written; --resume goes on from there")
+    if run.world > 1:
+        dist.barrier(run.group.gloo)  # Nobody ends before the file is whole.
+        dist.destroy_process_group()
+    raise SystemExit(128 + numbers[0])
 
 
 def validate(run: Run, flips: tuple[int, ...] = ()) -> dict:
@@ -272,11 +396,14 @@ def validate(run: Run, flips: tuple[int, ...] = ()) -> dict:
     for case in tqdm(cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
         prepared = data.load_cached(case, run.plan, run.cache)
         scores[case.name] = evaluate.score_case(run.model, case, prepared, run.device, run.args.amp, flips)
-    if run.world > 1:
-        parts = [None] * run.world
-        dist.all_gather_object(parts, scores)
-        scores = {name: score for part in parts for name, score in part.items()}
-    return metrics.summarize({case.name: scores[case.name] for case in cases}, run.plan.task.labels)
+        if run.signals.number:
+            break
+    parts = run.group.gather((scores, run.signals.number))
+    if any(number for _, number in parts):
+        stop(run)
+    scores = {name: score for part, _ in parts for name, score in part.items()}
+    task = run.plan.task
+    return metrics.summarize({case.name: scores[case.name] for case in cases}, task.labels, task.scored)
 
 
 def begin_log(run: Run) -> None:
@@ -296,31 +423,39 @@ def begin_log(run: Run) -> None:
     )
     content = {"model": dataclasses.asdict(config), "plan": run.plan.as_dict(), "sam": run.sam}
     content |= {"command": shlex.join([Path(sys.executable).name, *sys.argv]), "parameters": counts}
-    run.folder.mkdir(parents=True, exist_ok=True)
     files.write_text(run.folder / "config.json", json.dumps(content | run.settings, indent=1))
     log = run.folder / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if run.first_epoch else []
-    files.write_text(log, "".join(lines[: run.first_epoch]))
+    lines = log.read_text().splitlines(keepends=True) if run.epoch else []
+    files.write_text(log, "".join(lines[: run.epoch]))
 
 
-def save(run: Run, entry: dict) -> None:
-    """Write last.pt, a line of log.jsonl, and best.pt if the validation Dice is the best so far (Ours)."""
-    epoch, dice, on_gpu = entry["epoch"], entry["val_dice"], run.device.type == "cuda"
-    # The largest memory so far is that of the GPU, or of this process on the CPU.
-    peak = torch.cuda.max_memory_allocated(run.device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-    entry["gib"] = peak / 2**30
+def save(run: Run, dice: float | None = None) -> None:
+    """Write last.pt in process 0, and best.pt if the validation Dice is the best so far (Ours)."""
+    if run.rank > 0:
+        return
     content = model.checkpoint_content(run.model, run.sam, run.plan.as_dict()) | run.settings
-    content |= {"epoch": epoch, "metrics": {"val_dice": dice}}
+    content |= {"cases": run.cases, "epoch": run.epoch, "metrics": {"val_dice": dice}}
     if dice is not None and dice > run.best:
         run.best = dice
         write_checkpoint(run.folder / "best.pt", content)
+    content |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "best": run.best}
+    content |= {"step": run.step, "sums": run.sums, "elapsed": run.elapsed}
+    write_checkpoint(run.folder / "last.pt", content)
+
+
+def end_epoch(run: Run, entry: dict) -> None:
+    """Write a line of log.jsonl and the checkpoints, and print some of the values."""
+    if run.rank > 0:
+        return
+    dice, total = entry["val_dice"], run.args.epochs * run.args.iterations
+    entry["gib"] = processes.peak_memory(run.device) / 2**30
     with open(run.folder / "log.jsonl", "a") as log:
         log.write(json.dumps(entry) + "\n")
-    state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "best": run.best}
-    write_checkpoint(run.folder / "last.pt", content | state)
-    minutes = (time.time() - run.start) / (epoch - run.first_epoch) * (run.args.epochs - epoch) / 60
-    line = f"epoch {epoch}/{run.args.epochs}  loss {entry['loss']:.4f}  rate {entry['lr']:.1e}"
+    save(run, dice)
+    minutes = (time.time() - run.start) / max(1, run.step - run.first_step) * (total - run.step) / 60
+    line = f"epoch {run.epoch}/{run.args.epochs}  loss {entry['loss']:.4f}  rate {entry['lr']:.1e}"
     line += f"  {entry['seconds']:.0f} s  {entry['gib']:.1f} GiB  {minutes:.0f} min left"
+    line += f"  {skipped} steps skipped" if (skipped := entry["skipped"]) else ""
     tqdm.write(line if dice is None else f"{line}  validation Dice {dice:.4f}")
 
 
@@ -334,9 +469,14 @@ def draw(run: Run) -> None:
     for case in cases[:: max(1, len(cases) // 3)][:3]:
         prepared = data.load_cached(case, run.plan, run.cache)
         prediction = evaluate.predict_case([run.model.eval()], [prepared], *options)
-        image, truth = nifti.read_image(case.images[0])[0], nifti.read_label(case.label, len(task.labels))[0]
+        image, place = nifti.read_image(case.images[0])
+        truth, _ = nifti.read_label(case.label, len(task.labels), place)
         title = case.name + ("" if run.args.prompts == "auto" else f", boxes of {run.args.prompts}")
-        shown.append(pictures.Picture(title, image, truth, prediction, prepared.geometry.spacing))
+        shown.append(
+            pictures.Picture(
+                title, image[0], truth, prediction, place.spacing, pictures.sides_of(place.frame)
+            )
+        )
     pictures.draw_overlay(shown, task.labels, run.folder / "overlay.png")
 
 
@@ -351,20 +491,12 @@ def git_commit() -> str | None:
 def main(argv: list[str] | None = None) -> None:
     """Train in this process, or in all the processes that torchrun started."""
     args = parse_arguments(argv)
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and torch.cuda.is_available() and args.device != "cpu":
-        torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl")
-    elif world > 1:
-        dist.init_process_group("gloo")
-    try:
-        train(args, rank, local_rank, world)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train.py: {error}") from error
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    rank = os.environ.get("RANK")
+    with files.one_sentence("train.py" if rank is None else f"train.py, process {rank}", args.debug):
+        group = processes.join(args.device)
+        (record(train) if group.world > 1 else train)(args, group)  # torchrun prints what was recorded
+    if group.world > 1:  # After an error NCCL would wait here for the other processes.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

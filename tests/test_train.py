@@ -1,7 +1,9 @@
 """The loop: pure schedules, resuming, processes, the files of a run, and its messages."""
 
+import dataclasses
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import evaluate
 import train
 from support import layouts, metrics, nifti, phantom
+from support.presets import PRESETS
 
 SMALL = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --val-every 2 --lr 1e-3".split()
 SCHEDULE = ["--epochs", "3", "--iterations", "2"]
@@ -63,43 +66,74 @@ def losses(entry: dict) -> dict:
 def test_a_run_leaves_what_the_header_lists(whole):
     folder, log, last = whole[0] / "runs/phantom-whole", *whole[1:]
     names = {path.name for path in folder.iterdir()}
-    assert names == {"best.pt", "last.pt", "config.json", "log.jsonl", "curves.png", "overlay.png"}
+    assert names == {"best.pt", "last.pt", "config.json", "log.jsonl", "lock", "curves.png", "overlay.png"}
     assert all(name in train.__doc__ for name in names)
     terms = "class no_object mask_bce mask_dice aux_mask_bce aux_mask_dice box_l1 box_giou".split()
     assert {*(f"loss_{term}" for term in terms), "grad_norm", "lr", "seconds", "gib"} <= log[0].keys()
-    assert log[0]["val_dice"] is None and all(0 <= log[i]["val_dice"] <= 1 for i in (1, 2))
+    assert (
+        log[0]["val_dice"] is None
+        and log[0]["skipped"] == 0
+        and all(0 <= log[i]["val_dice"] <= 1 for i in (1, 2))
+    )
     config = json.loads((folder / "config.json").read_text())
     assert config["model"]["encoder_size"] == [32, 32] and config["schedule"]["clip"] == 12  # of the preset
     assert last["sam"] == {"name": "tiny", "sha256": None} and last["epoch"] == 3
+    assert {len(last["cases"]["train"]), len(last["cases"]["val"])} == {6, 2}
     best = torch.load(folder / "best.pt", weights_only=True)
     assert best["metrics"]["val_dice"] == max(entry["val_dice"] for entry in log[1:])
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick, monkeypatch):
-    original, calls = train.train_epoch, []  # Two processes that load patches change nothing either.
+@pytest.mark.parametrize(
+    "where, number", [("train_step", 0), ("train_step", 15), ("validate", 10), ("score_case", 2)]
+)
+def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick, monkeypatch, where, number):
+    """An error, or a signal, in the second call: inside the second epoch, or in a validation."""
+    module = evaluate if where == "score_case" else train
+    original, calls = getattr(module, where), []
 
-    def fail_at_the_third(run, epoch):
-        calls.append(epoch)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(run, epoch)
+    def fail_at_the_second(*args):
+        calls.append(1)
+        if len(calls) == (3 if where == "train_step" else 1):
+            if not number:
+                raise RuntimeError("a power cut")
+            os.kill(os.getpid(), number)
+        return original(*args)
 
-    monkeypatch.setattr(train, "train_epoch", fail_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(root, "parts", *SCHEDULE, "--workers", "2")
-    log, last = run(root, "parts", *SCHEDULE, "--workers", "2", "--resume")
-    assert calls == [0, 1, 2, 2] and [*map(losses, log)] == [*map(losses, whole[1])]
+    monkeypatch.setattr(module, where, fail_at_the_second)
+    more = ["--workers", "2"] if where == "train_step" else []  # They change nothing either.
+    with pytest.raises(SystemExit) as end:
+        run(root, "parts", *SCHEDULE, *more, "--resume")  # There is nothing yet.
+    assert end.value.code == 128 + number if number else "a power cut" in end.value.code
+    log, last = run(root, "parts", *SCHEDULE, *more, "--resume")
+    assert len(calls) == {"train_step": 7 - bool(number), "validate": 4, "score_case": 8}[where]
+    assert [*map(losses, log)] == [*map(losses, whole[1])]
     assert all(torch.equal(value, last["state"][key]) for key, value in whole[2]["state"].items())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
+    short, _ = run(root, "longer", *SHORT)
+    log, last = run(root, "longer", *SHORT, "--epochs", "2", "--resume")
+    assert log[:1] == short and last["step"] == 4
+    assert log[1]["lr"] == pytest.approx(1e-3 * (1 - 3 / 4) ** 0.9)
+    assert "to 2 epochs; from here on the rate is that of 2 epochs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (["--queries", "6", "--resume"], "last.pt: found another configuration .*num_queries 4 -> 6"),
-        (["--epochs", "4", "--resume"], "epochs 3 -> 4"),
+        (["--epochs", "2", "--resume"], "epochs 3 -> 2"),
         ([], "runs/phantom-whole: found a run; use --resume, choose another --name"),
-        (["--name", "never-run", "--resume"], "last.pt: found no such file"),
         (["--lr", "-1"], "--lr: found -1.0, expected more than 0"),
+        (["--val-every", "0"], "--val-every: found 0, expected more than 0"),
+        (["--workers", "-1"], "--workers: found -1, expected 0 or more"),
+        (
+            ["--name", "few", "--queries", "3"],
+            "found 4 classes in slice . .background, RV, Myo, LV., expected",
+        ),
+        (["--name", "none", "--init", "gone.pt"], "gone.pt: found no such file"),
+        (["--name", "none", "--sam", "vit_b", "--sam-checkpoint", "gone.pth"], "gone.pth: no such file"),
     ],
 )
 def test_wrong_arguments_end_in_one_message_and_change_no_file(root, whole, monkeypatch, change, message):
@@ -110,17 +144,77 @@ def test_wrong_arguments_end_in_one_message_and_change_no_file(root, whole, monk
     assert Path("runs/phantom-whole/last.pt").read_bytes() == before
 
 
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_many_end_the_run(root, quick, monkeypatch):
+    original, poisoned = torch.nn.utils.clip_grad_norm_, {2}
+
+    def clip(parameters, norm):
+        calls.append(1)
+        if len(calls) in poisoned:
+            parameters[0].grad[:] = torch.inf
+        return original(parameters, norm)
+
+    calls = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    (entry,), last = run(root, "one", *SHORT)
+    (alone,), other = run(root, "alone", *SHORT)
+    assert (entry["skipped"], alone["skipped"]) == (1, 0) and np.isfinite(entry["loss"])
+    assert entry["loss"] != alone["loss"] and all(v.isfinite().all() for v in last["state"].values())
+    poisoned, calls[:] = range(20), []
+    with pytest.raises(
+        SystemExit, match="step 10: found numbers that are not finite in grad_norm for 10 steps"
+    ):
+        run(root, "many", "--epochs", "2", "--iterations", "9")
+    log = [json.loads(line) for line in Path("runs/phantom-many/log.jsonl").read_text().splitlines()]
+    assert [entry["skipped"] for entry in log] == [9] and np.isnan(log[0]["loss"])
+
+
+def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
+    best, sizes = (
+        whole[0] / "runs/phantom-whole/best.pt",
+        ["--patch", "1", "16", "16", "--encoder", "48", "48"],
+    )
+    more = [*SHORT, *sizes, "--queries", "6", "--init", str(best), "--lr", "1e-30"]  # so that nothing moves
+    _, last = run(root, "init", *more)
+    old, new = torch.load(best, weights_only=True)["state"], last["state"]
+    fits = {key for key in new if key in old and new[key].shape == old[key].shape}
+    assert 0 < len(fits) < len(new) and all(torch.equal(old[key], new[key]) for key in fits)
+    printed = capsys.readouterr().out
+    assert f"{len(fits)} of {len(new)} tensors fit\n          of another shape, not loaded: " in printed
+    assert all(key in printed for key in new.keys() - fits)
+    assert json.loads(Path("runs/phantom-init/config.json").read_text())["arguments"]["init"] == str(best)
+    content = torch.load(best, weights_only=True)
+    content["config"]["sam"] = "vit_b"
+    torch.save(content, "other.pt")
+    with pytest.raises(SystemExit, match="other.pt: found the backbone vit_b, expected tiny"):
+        run(root, "other", *SHORT, "--init", "other.pt")
+
+
+def test_the_validation_dice_is_the_mean_over_the_scored_classes(root, quick, monkeypatch):
+    task = dataclasses.replace(PRESETS["phantom"].task, scored=(2,))
+    monkeypatch.setitem(PRESETS, "phantom", dataclasses.replace(PRESETS["phantom"], task=task))
+    (entry,), _ = run(root, "scored", *SHORT)
+    assert entry["val_dice"] == entry["val_dice_per_class"]["Myo"] != entry["val_dice_per_class"]["RV"]
+
+
 def test_two_processes_equal_one_with_the_same_global_batch(root, quick):
     (one,), _ = run(root, "one", *SHORT, "--batch", "2")
     with socket.create_server(("127.0.0.1", 0)) as free:
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
-    def train_one_half(rank: int) -> None:
+    original = train.train_step
+
+    def train_one_half(rank: int, *more: str) -> None:
         os.environ |= world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
-        train.main(["--root", str(root), "--name", "two", *SMALL, *SHORT, "--batch", "1"])
+        if rank == 1 and not more:  # A signal for one of them stops both in the same step.
+            train.train_step = lambda run: (os.kill(os.getpid(), signal.SIGUSR1), original(run))[1]
+        train.main(["--root", str(root), "--name", "two", *SMALL, *SHORT, "--batch", "1", *more])
 
-    torch.multiprocessing.start_processes(train_one_half, nprocs=2, start_method="fork")
+    context = torch.multiprocessing.start_processes(train_one_half, (), 2, False, start_method="fork")
+    for process in context.processes:
+        process.join()
+    assert [process.exitcode for process in context.processes] == [128 + signal.SIGUSR1] * 2
+    torch.multiprocessing.start_processes(train_one_half, ("--resume",), 2, start_method="fork")
     other = json.loads(Path("runs/phantom-two/log.jsonl").read_text())
     for key in losses(one).keys() - {"val_dice", "val_dice_per_class"}:
         # Float32 sums in another order, and AdamW, whose first step is the sign of the gradient.
