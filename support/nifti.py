@@ -28,9 +28,8 @@ from support.layouts import Case
 
 ANISOTROPIC = 1.5  # Ours: D is the axis whose spacing is more than this times the next largest
 # Ours: W and H are nearest to these directions in the patient (right, anterior, superior): R and A in axial
-# images, R and S in coronal, A and S in sagittal ones. A search chose the numbers: every angle at which an image
-# would be turned otherwise is 14 degrees or more away from 0, 45, 90 ... about each axis of the patient (28
-# away from 0 where an axial image is tilted).
+# images, R and S in coronal, A and S in sagittal ones. They come from a search: all angles at which an image
+# would be turned otherwise are 14 degrees or more away from 0, 45, 90 ... about each axis of the patient.
 NEAR_W, NEAR_H = np.array([1.0, 0.35, 0.2]), np.array([0.8, 0.55, 1.0])
 PATIENT_AXES = ("left-right", "posterior-anterior", "inferior-superior")
 MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metre and micron; all others are read as mm
@@ -74,10 +73,8 @@ class Geometry:
         else:
             turn = orientations.io_orientation(nib.affines.from_matvec(np.linalg.inv(frame) @ affine[:3, :3]))
         file_axes = np.argsort(turn[:, 0])[::-1]  # the file's axes that become D, H, W
-        shape, spacing = (
-            tuple(sizes[axis] for axis in file_axes) for sizes in (file_shape, spacing.tolist())
-        )
-        return cls(affine, shape, spacing, turn, header)
+        shape, sizes = (tuple(np.array(each)[file_axes].tolist()) for each in (file_shape, spacing))
+        return cls(affine, shape, sizes, turn, header)
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
         """Turn an array of the file, (x, y, z) or (x, y, z, C), to (D, H, W) or (C, D, H, W)."""
@@ -138,9 +135,7 @@ def _content(path: str, remark: Remark) -> Iterator[tuple[BinaryIO, int]]:
         with open(path, "rb") as file:
             zipped = file.peek(2)[:2] == b"\x1f\x8b"
             if zipped != str(path).endswith(".gz"):
-                remark(
-                    f"{path}: the file is {'' if zipped else 'not '}compressed, unlike its name. It is read."
-                )
+                remark(f"{path}: the file is {'' if zipped else 'not '}compressed, unlike its name.")
             size = Path(path).stat().st_size
             yield (gzip.GzipFile(fileobj=file), GZIP_RATIO * size) if zipped else (file, size)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -157,11 +152,11 @@ def _parse_header(path: str, stream: BinaryIO, limit: int):
     kind = nib.Nifti2Header if start[:4] in (b"\x1c\2\0\0", b"\0\0\2\x1c") else nib.Nifti1Header  # 540
     try:
         own = kind(start[: kind.sizeof_hdr], check=False)
+        if own["magic"].item() != kind.single_magic:
+            raise HeaderDataError("it has not the mark of a header with voxels")
         header = kind(own.binaryblock)
         full, offset = header.get_data_shape(), header.get_data_offset() or kind.single_vox_offset
         header.get_slope_inter()
-        if header["magic"].item() != kind.single_magic:
-            raise HeaderDataError("its voxels are in another file")
     except Exception as error:  # nibabel raises many kinds of error for a header that is damaged
         reason = f" ({error})" if isinstance(error, HeaderDataError) else ""
         raise _problem(path, f"no readable NIfTI file{reason}", ".nii or .nii.gz") from error
@@ -211,7 +206,10 @@ def _read_affine(path: str, header: nib.Nifti1Header, remark: Remark) -> np.ndar
     shift = unit * _largest_shift(usable[0], usable[-1], header.get_data_shape()[:3])
     skew = np.abs(affine[:3, :3].T @ affine[:3, :3] / np.outer(spacing, spacing) - np.eye(3)).max()
     for is_so, sentence in (
-        (shift > 0.1 * spacing.min(), f"its sform and qform differ by up to {shift:.3g} mm. The sform is used."),
+        (
+            shift > 0.1 * spacing.min(),
+            f"its sform and qform differ by up to {shift:.3g} mm. The sform is used.",
+        ),
         (len(usable) < len(forms) == 2, "one of its two forms has no three axes. The other is used."),
         (not forms, "no form has a code. Its directions are a guess: x from right to left."),
         (np.array_equal(affine, np.eye(4)), "its affine is the identity. Was it ever set?"),
@@ -273,7 +271,7 @@ def read_label(path: str, num_classes: int, like: Geometry | None = None, remark
         label = (np.rint(array) if array.dtype.kind == "f" else array).astype(np.uint8)
     wrong, changed = label >= num_classes, label != array
     if changed.any():
-        wrong |= changed & ~(np.abs(label - array) <= ROUNDED)
+        wrong |= changed & ~(np.abs(label - array.astype(float)) <= ROUNDED)
     if wrong.any():
         ids = np.unique(array[wrong]).astype(float).tolist()
         raise _problem(path, f"the labels {ids[:5]}", f"whole numbers from 0 to {num_classes - 1}")
@@ -361,19 +359,15 @@ def write_label_map(path: str | Path, label: np.ndarray, geometry: Geometry, des
     if label.shape != geometry.shape:
         raise _problem(path, f"a label map of {label.shape}", f"{geometry.shape} as in its geometry")
     array = geometry.to_file(label).astype(np.uint8)
-    if geometry.header is None:
+    if (header := geometry.header) is None:
         header = nib.Nifti1Image(array, geometry.affine).header
         header.set_xyzt_units("mm")
-        header.set_sform(geometry.affine, code="scanner")
-        header.set_qform(geometry.affine, code="scanner")
-    else:
-        header = geometry.header.copy()
-    fields = {"scl_slope": 1, "scl_inter": 0, "cal_min": 0, "cal_max": 0, "descrip": description.encode()}
-    for name, value in (
-        fields | {"magic": header.single_magic, "vox_offset": header.single_vox_offset}
-    ).items():
-        header[name] = value
+    header = header.copy()
     header.set_data_dtype(np.uint8)
+    fields = {"scl_slope": 1, "scl_inter": 0, "cal_min": 0, "cal_max": 0, "descrip": description.encode()}
+    fields |= {"magic": header.single_magic, "vox_offset": header.single_vox_offset}
+    for name, value in fields.items():
+        header[name] = value
     if header["dim"][0] > 3:
         header["dim"][0], header["dim"][4:] = 3, 1
     content = header.binaryblock + bytes(4) + array.tobytes(order="F")  # four zeros: no extensions
