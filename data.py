@@ -1,6 +1,6 @@
-"""From files to training patches and back: plan, prepare, cut, augment, dataset mapping (paper 2.2, 3).
+"""From files to training patches and back: prepare, cut, augment, dataset mapping (paper 2.2, 3).
 
-    files ── check_source, make_plan ──> Plan ── prepare_case ──> image (C, D, H, W), label (D, H, W)
+    files ── survey, make_plan ──> Plan ── prepare_case ──> image (C, D, H, W), label (D, H, W)
     ── prepare ──> cache ── PatchDataset ──> augmented patches ── label_map_to_segments ──> masks, boxes
     semantic map of the network ── resample_scores ──> semantic map on the grid of the file
 
@@ -16,8 +16,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,108 +25,31 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
-from tqdm import tqdm
 
 from matcher import Segments, masks_to_boxes
-from support.files import default_workers, make_parser, write_text, write_whole
+from support.files import default_workers, make_parser, one_sentence, total_memory, write_text, write_whole
 from support.layouts import Case, DataSource, find_data
-from support.nifti import Geometry, check_case, check_same_place, read_header, read_image, read_label
+from support.nifti import Geometry, check_same_place, read_header, read_image, read_label
+from support.planning import Measured, Plan, make_plan, parallel, survey
 from support.presets import Task
 
 Array, Shape = np.ndarray, Sequence[int]
 
 
-def parallel(function: Callable, items: Sequence, workers: int, desc: str) -> Iterator:
-    """Call a function for every item in threads, and yield the results in order, with a progress bar."""
-    if workers == 1:
-        yield from map(function, tqdm(items, desc, leave=False, disable=not items))
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            yield from (future.result() for future in tqdm(futures, desc, leave=False, disable=not futures))
-        finally:
-            pool.shutdown(cancel_futures=True)  # the first error cancels all calls that have not begun
-
-
-def check_cases(
-    cases: Sequence[Case], num_classes: int, workers: int = 1, others: Sequence[str | Path] | None = None
-) -> list[str]:
-    """Read all files, and if there are `others` one more label map per case; return a line per problem."""
-    more = [[other] for other in others or ()] or [()] * len(cases)
-    jobs = range(len(cases))
-    return sum(parallel(lambda i: check_case(cases[i], num_classes, more[i]), jobs, workers, "checking"), [])
-
-
-def check_source(source: DataSource, workers: int = 1) -> None:
-    """Check all cases of a data set; raise a ValueError that lists all problems."""
-    if problems := check_cases(sum(source.splits.values(), ()), len(source.task.labels), workers):
-        raise ValueError(f"{len(problems)} problems in {source.root}:\n" + "\n".join(problems))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How cases are prepared. It is derived from the training split alone, and every checkpoint carries it.
-
-    Args:
-        data, task: name of the data set; its labels, channels, modality and flips.
-        spacing: (D, H, W) in mm to which cases are resampled; D is None if every case keeps its slices.
-        intensity: (low, high, mean, deviation) of each channel for CT; None for MR.
-    """
-
-    data: str
-    task: Task
-    spacing: tuple[float | None, float, float]
-    intensity: tuple[tuple[float, float, float, float], ...] | None
-
-    def as_dict(self) -> dict:
-        """Return plain types, for a checkpoint and for JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "Plan":
-        """Make a plan of the plain types; raise a ValueError if another version of this file wrote them."""
-        if list(values) != (expected := list(cls.__dataclass_fields__)):
-            raise ValueError(f"plan: found {list(values)}, expected {expected}; train again")
-        task = Task(**{key: tuple(v) if isinstance(v, list) else v for key, v in values["task"].items()})
-        intensity = values["intensity"] and tuple(map(tuple, values["intensity"]))
-        return cls(values["data"], task, tuple(values["spacing"]), intensity)
-
-
-def make_plan(source: DataSource, workers: int = 1) -> Plan:
-    """Take the median spacing of the training cases, and for CT the intensities of their foreground.
-
-    Ours: cases keep their slices if these lie more than three pixels apart (medians over the cases).
-    """
-    cases, task = source.splits["train"], source.task
-    spacings = [read_header(case.images[0])[1].spacing for case in cases]
-    depth, height, width = np.median(spacings, axis=0).tolist()
-    spacing = (None if depth > 3 * min(height, width) else depth, height, width)
-    if task.modality == "MR":
-        return Plan(source.name, task, spacing, None)
-
-    def sample(case: Case) -> list[Array]:
-        foreground = read_label(case.label, len(task.labels))[0] > 0
-        step = max(1, np.count_nonzero(foreground) // 10000)  # Ours: about 10,000 voxels of each case suffice
-        return [read_image(path)[0][foreground][::step] for path in case.images]
-
-    channels = zip(*parallel(sample, cases, workers, "intensities"))  # of each channel, one array per case
-    return Plan(source.name, task, spacing, tuple(clip_and_scale(np.concatenate(each)) for each in channels))
-
-
-def clip_and_scale(foreground: Array) -> tuple[float, float, float, float]:
-    """Return (low, high, mean, deviation) of CT voxels. Ours: nnU-Net's percentiles, 0.5 and 99.5."""
-    low, high = np.percentile(foreground, (0.5, 99.5))
-    clipped = foreground.clip(low, high)
-    return float(low), float(high), float(clipped.mean()), float(clipped.std())
-
-
-def normalise(channel: Array, intensity: tuple[float, float, float, float] | None) -> Array:
-    """Normalise a channel with the numbers of `clip_and_scale`; if there are none (MR), with its own."""
-    if intensity is None:
-        return (channel - channel.mean()) / max(channel.std(), 1e-8)
-    low, high, mean, deviation = intensity
-    return (channel.clip(low, high) - mean) / max(deviation, 1e-8)
+def normalise(channel: Array, modality: str, intensity: Sequence[float] | None) -> Array:
+    """Normalise a channel (D, H, W) as nnU-Net does: CT with numbers of the plan, MR with its own numbers."""
+    if modality == "CT":
+        low, high, mean, deviation = intensity
+        return (channel.clip(low, high) - mean) / max(deviation, 1e-8)
+    if modality == "noNorm":
+        return channel
+    if modality == "MR":
+        shift, scale = channel.mean(dtype=np.float64), channel.std(dtype=np.float64)
+    elif modality == "rgb_to_0_1":
+        shift, scale = 0.0, 255.0
+    else:  # rescale_to_0_1
+        shift, scale = np.float64(channel.min()), np.float64(channel.max()) - channel.min()
+    return ((channel - shift) / max(scale, 1e-8)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,27 +76,37 @@ class Prepared:
 def prepare_case(case: Case, plan: Plan) -> Prepared:
     """Read, check, normalise and resample a case and its label maps.
 
-    Raises: ValueError if `check_case` would list a problem, or the number of channels is not the plan's.
+    Raises: ValueError if `survey` would list a problem, or if the case does not fit into memory on the grid.
     """
-    if len(case.images) != len(plan.task.channels):
-        raise ValueError(f"{case.name}: found {len(case.images)} channels, expected {plan.task.channels}")
-    channels, geometries = zip(*map(read_image, case.images))
+    parts, geometries = zip(*map(read_image, case.images))
+    channels = np.concatenate(parts) if len(parts) > 1 else parts[0]  # (C, D, H, W)
     geometry, num_classes = geometries[0], len(plan.task.labels)
+    if len(channels) != len(plan.task.channels):
+        expected = f"{len(plan.task.channels)}: {', '.join(plan.task.channels)}"
+        raise ValueError(f"{case.images[0]}: found {len(channels)} channels, expected {expected}")
     for path, other in zip(case.images, geometries):
         check_same_place(path, other, case.images[0], geometry)
     axes = zip(geometry.shape, geometry.spacing, plan.spacing)
     shape = tuple(n if new is None else max(1, round(n * old / new)) for n, old, new in axes)
+    needed = 32 * len(channels) * np.prod(shape, dtype=float)  # Ours: bytes while a case is prepared
+    if needed > total_memory():
+        raise ValueError(
+            f"{case.images[0]}: found {shape} voxels after resampling to {plan.spacing} mm, which need "
+            f"{needed / 2**30:.0f} GiB; expected spacings near those of the training cases"
+        )
     # Ours (as nnU-Net): cubic splines, but no mixing of thick slices, which may show different things.
     depth_order = 0 if geometry.spacing[0] > 3 * min(geometry.spacing) else 3
-    pairs = zip(channels, plan.intensity or [None] * len(channels))
-    image = np.stack([resample(normalise(*pair), shape, 3, depth_order) for pair in pairs], dtype=np.float32)
+    normal = map(normalise, channels, plan.task.modality, plan.intensity)
+    image = np.stack([resample(each, shape, 3, depth_order) for each in normal], dtype=np.float32)
+    if not np.isfinite(image).all():
+        raise ValueError(f"{case.images[0]}: found numbers beyond float32 when normalised, expected an image")
 
     def on_the_grid(path: str | None) -> Array | None:
         if path is None:
             return None
-        label, label_geometry = read_label(path, num_classes)
+        label, label_geometry = read_label(path, num_classes, geometry)
         check_same_place(path, label_geometry, case.images[0], geometry)
-        return resample_label(label, shape, num_classes)
+        return resample_label(label, shape)
 
     return Prepared(image, on_the_grid(case.label), geometry, on_the_grid(case.box_source))
 
@@ -181,10 +114,10 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
 def resample(volume: Array, shape: Shape, order: int, depth_order: int) -> Array:
     """Resample (D, H, W) to another shape over the same extent, by splines of two orders."""
     depth, *plane = np.divide(shape, volume.shape)
-    for zoom, spline in (((1, *plane), order), ((depth, 1, 1), depth_order)):
-        if zoom != (1, 1, 1):  # grid_mode keeps the volume's outer faces in place
-            volume = ndimage.zoom(volume, zoom, order=spline, mode="nearest", grid_mode=True)
-    return volume
+    options = {"mode": "nearest", "grid_mode": True}  # grid_mode keeps the volume's outer faces in place
+    if plane != [1, 1]:  # slice by slice, since a spline along D costs time and changes nothing
+        volume = np.stack([ndimage.zoom(part, plane, order=order, **options) for part in volume])
+    return volume if depth == 1 else ndimage.zoom(volume, (depth, 1, 1), order=depth_order, **options)
 
 
 SLAB = 8  # Ours: number of slices for which the scores of all classes are in memory at once
@@ -211,61 +144,95 @@ def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Shape) -> Iterat
         yield F.interpolate(scores, size=shape[1:], mode="bilinear", align_corners=False)
 
 
-def resample_label(label: Array, shape: Shape, num_classes: int) -> Array:
+def resample_label(label: Array, shape: Shape) -> Array:
     """Resample class ids (D, H, W) to another shape over the same extent.
 
     Ours: every class is resampled linearly and the largest wins. This keeps thin classes; "nearest" does not.
     """
     if label.shape == tuple(shape):
         return label
-    parts = (torch.from_numpy(label[start : start + SLAB]).long() for start in range(0, len(label), SLAB))
-    slabs = (F.one_hot(part, num_classes).movedim(-1, 0) for part in parts)  # (K, d, H, W)
-    return torch.cat([s.argmax(0).to(torch.uint8) for s in resample_scores(slabs, len(label), shape)]).numpy()
+    ids = np.unique(label)  # absent classes cannot win
+    slabs = (label[start : start + SLAB] == ids[:, None, None, None] for start in range(0, len(label), SLAB))
+    scores = resample_scores(
+        map(torch.from_numpy, slabs), len(label), shape
+    )  # (classes, d, H, W) -> (.., n, H', W')
+    return ids[torch.cat([part.argmax(0).to(torch.uint8) for part in scores]).numpy()]
 
 
 # ------------------------------------------------------------------------------------------------------ cache
 
-RECIPE = 3  # part of every file name: raise it when `prepare_case` or `Plan` change what they make
-PARTS = ("image", "minimum", "foreground", "label")  # files of a case; with the last one it is whole
+RECIPE = 4  # part of every file name: raise it when `prepare_case` or `Plan` change what they make
+PARTS = (
+    "image",
+    "minimum",
+    "foreground",
+    "label",
+)  # files of a case; CASE-KEY.json with their sums is the last
 
 
-def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan:
+def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1, verify: bool = True) -> Plan:
     """Check all files, make the plan, and write the arrays of every labelled case that are not there yet.
 
+    Arrays that do not match their stored checksums are made again, unless `verify` is off.
     If files have problems, nothing is written, and a ValueError lists them all.
     """
-    folder, num_classes, cases = Path(cache_dir), len(source.task.labels), sum(source.splits.values(), ())
+    folder, cases = Path(cache_dir), sum(source.splits.values(), ())
     paths = [path for case in cases for path in (*case.images, case.label, case.box_source) if path]
     plan_file = folder / f"plan-{file_key(dataclasses.asdict(source), paths)}.json"  # written after the check
     if plan_file.is_file():
         plan = Plan.from_dict(json.loads(plan_file.read_text()))
     else:
-        check_source(source, workers)
-        plan = make_plan(source, workers)
+        measured = survey(cases, source.task, workers)
+        plan = make_plan(source, [measured[case] for case in source.splits["train"]])
+        print("\n".join(plan.decisions))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(plan_file, json.dumps(plan.as_dict(), indent=1))
 
     def write(case: Case) -> None:
-        stem, box_file = _files(case, plan, folder)
-        if not Path(f"{stem}.label.npy").is_file():
-            made = prepare_case(dataclasses.replace(case, box_source=None), plan)
-            arrays = (made.image, made.image.min((1, 2, 3)), _foreground_voxels(made.label), made.label)
-            for part, array in zip(PARTS, arrays):
-                write_whole(Path(f"{stem}.{part}.npy"), lambda file, array=array: np.save(file, array))
-        if box_file and not box_file.is_file():
-            shape = np.load(f"{stem}.label.npy", mmap_mode="r").shape
-            box_labels = resample_label(read_label(case.box_source, num_classes)[0], shape, num_classes)
-            write_whole(box_file, lambda file: np.save(file, box_labels))
+        stem, box_part = _files(case, plan, folder)
+        sums, sums_file = read_sums(stem), Path(f"{stem}.json")
+        wanted = dict.fromkeys([*PARTS, *filter(None, [box_part])])
+        if wrong := [
+            part for part in wanted if part in sums and verify and sums[part] != checksum(stem, part)
+        ]:
+            print(f"{stem}: found damaged files ({', '.join(wrong)}); the case is prepared again")
+        missing = [part for part in wanted if part not in sums or part in wrong]
+        if not missing:
+            return
+        made = prepare_case(case, plan)
+        arrays = (made.image, made.image.min((1, 2, 3)), _foreground_voxels(made.label), made.label)
+        arrays = dict(zip(PARTS, arrays)) | ({box_part: made.box_labels} if box_part not in PARTS else {})
+        for part in missing:
+            write_whole(
+                Path(f"{stem}.{part}.npy"), lambda file, part=part: np.save(file, arrays[part]), False
+            )
+            sums[part] = checksum(stem, part)
+        write_text(sums_file, json.dumps(sums))
 
     list(parallel(write, [case for case in cases if case.label is not None], workers, "preparing"))
     return plan
 
 
+def read_sums(stem: str) -> dict[str, list[int]]:
+    """Return the stored checksums of the parts of a case; none if the case is not prepared."""
+    try:
+        return json.loads(Path(f"{stem}.json").read_text())
+    except (OSError, ValueError):  # not there, or damaged
+        return {}
+
+
+def checksum(stem: str, part: str) -> list[int] | None:
+    """Return the size and the CRC of a part of a case; None if it is not there."""
+    file = Path(f"{stem}.{part}.npy")
+    return [len(content := file.read_bytes()), zlib.crc32(content)] if file.is_file() else None
+
+
 def load_cached(case: Case, plan: Plan, cache_dir: str | Path) -> Prepared:
     """Return a case that `prepare` has written, with memory-mapped arrays."""
-    stem, box_file = _files(case, plan, cache_dir)
+    stem, box_part = _files(case, plan, cache_dir)
     parts, geometry = _open_parts(stem), read_header(case.images[0])[1]
-    return Prepared(parts["image"], parts["label"], geometry, box_file and np.load(box_file, mmap_mode="r"))
+    boxes = box_part and np.load(f"{stem}.{box_part}.npy", mmap_mode="r")
+    return Prepared(parts["image"], parts["label"], geometry, boxes)
 
 
 def cached_shapes(cases: Sequence[Case], plan: Plan, cache_dir: str | Path) -> list[tuple[int, ...]]:
@@ -274,21 +241,21 @@ def cached_shapes(cases: Sequence[Case], plan: Plan, cache_dir: str | Path) -> l
 
 
 def _open_parts(stem: str) -> dict[str, Array]:
-    if not Path(f"{stem}.label.npy").is_file():
-        raise FileNotFoundError(f"{stem}.label.npy: found no such file; run `data.py prepare` first")
+    if not Path(f"{stem}.json").is_file():
+        raise FileNotFoundError(f"{stem}.json: found no such file; run `data.py prepare` first")
     large = ("image", "label")
     return {part: np.load(f"{stem}.{part}.npy", mmap_mode="r" if part in large else None) for part in PARTS}
 
 
-def _files(case: Case, plan: Plan, cache_dir: str | Path) -> tuple[str, Path | None]:
-    """Return the beginning of the names of a case's cached files, and the file of its given boxes or None."""
+def _files(case: Case, plan: Plan, cache_dir: str | Path) -> tuple[str, str | None]:
+    """Return the beginning of the names of a case's cached files, and its part with given boxes or None."""
     key = file_key(plan.as_dict(), filter(None, (*case.images, case.label)))
     stem = str(Path(cache_dir) / f"{case.name}-{key}")
     if case.box_source is None:
         return stem, None
     # The boxes are those of the case's own label, or of a further file.
-    part = "label" if case.box_source == case.label else f"boxes-{file_key(None, [case.box_source])}"
-    return stem, Path(f"{stem}.{part}.npy")
+    same = case.box_source == case.label
+    return stem, "label" if same else f"boxes-{file_key(None, [case.box_source])}"
 
 
 def file_key(settings, paths: Iterable[str | Path]) -> str:
@@ -354,7 +321,7 @@ class PatchDataset(torch.utils.data.Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"patch {index} of {self.length}")  # this ends a `for` loop over the data set
         rng = np.random.default_rng((self.seed, index))
-        stem, box_file = self.files[rng.integers(len(self.files))]
+        stem, box_part = self.files[rng.integers(len(self.files))]
         case = _open_parts(stem)
         low = self._corner(case["label"].shape, case["foreground"], rng)
         angle, scale = 0.0, 1.0
@@ -367,8 +334,8 @@ class PatchDataset(torch.utils.data.Dataset):
         image, label = image.flip([axis + 1 for axis in axes]), label.flip(axes)
         if self.augment:
             image = change_intensities(image, rng)
-        if box_file:  # this label map takes the same way as the true one
-            _, box_labels = cut(case["image"], np.load(box_file, mmap_mode="r"), *place)
+        if box_part:  # this label map takes the same way as the true one
+            _, box_labels = cut(case["image"], np.load(f"{stem}.{box_part}.npy", mmap_mode="r"), *place)
             image = torch.cat([image, box_labels.flip(axes)[None].to(image)])
         return image, label
 
@@ -462,35 +429,31 @@ def label_map_to_segments(labels: Tensor, num_classes: int) -> Segments:
     return Segments(masks, masks_to_boxes(masks), masks.flatten(2).any(-1))
 
 
-def print_info(source: DataSource, workers: int = 1) -> None:
+def print_info(task: Task, measured: Sequence[Measured]) -> None:
     """Print sizes, spacings and intensities of all cases, and volumes of the classes of labelled cases."""
-    task = source.task
-
-    def read(case: Case) -> tuple:
-        image, geometry = read_image(case.images[0])
-        values = (*geometry.shape, *geometry.spacing, *np.percentile(image, (0.5, 50, 99.5)))
-        if case.label is None:
-            return values, np.full((2, len(task.labels)), np.nan)
-        counts = np.bincount(read_label(case.label, len(task.labels))[0].ravel(), minlength=len(task.labels))
-        return values, np.stack([counts * np.prod(geometry.spacing) / 1000, counts / image.size])  # ml, share
-
-    values, classes = zip(*parallel(read, sum(source.splits.values(), ()), workers, "reading"))
-    print(f"{source.name} in {source.root}, {task.modality}, channels {', '.join(task.channels)}")
     print(f"\n{'over cases':32s}{'min':>12s}{'median':>12s}{'max':>12s}")
-    names = ("slices D", "rows H", "columns W", "spacing D, mm", "spacing H, mm", "spacing W, mm")
-    names += ("intensity, 0.5 percentile", "intensity, median", "intensity, 99.5 percentile")
-    for name, column in zip(names, np.array(values).T):
-        print(f"{name:32s}{column.min():12.5g}{np.median(column):12.5g}{column.max():12.5g}")
+    names = ["slices D", "rows H", "columns W", "spacing D, mm", "spacing H, mm", "spacing W, mm"]
+    values = ("0.5 percentile", "median", "99.5 percentile")
+    names += [f"{channel[:14]}, {value}" for channel in task.channels for value in values]
+    rows = [(*m.geometry.shape, *m.geometry.spacing, *m.percentiles.flat) for m in measured]
+    for name, column in zip(names, zip(*rows)):
+        print(f"{name:32s}{min(column):12.5g}{np.median(column):12.5g}{max(column):12.5g}")
     print(f"\n{'class':32s}{'cases':>12s}{'median ml':>12s}{'% voxels':>12s}")
-    for name, volumes, shares in [*zip(task.labels, *np.stack(classes, axis=-1))][1:]:
-        present = volumes[volumes > 0]
-        median = np.median(present) if len(present) else np.nan
-        print(f"{name:32s}{len(present):12d}{median:12.4g}{100 * np.nanmean(shares):12.3g}")
+    labelled = [m for m in measured if m.counts[1:].any()]
+    counts = np.array([m.counts for m in labelled])  # (cases, K)
+    ml = counts * np.array([[np.prod(m.geometry.spacing) / 1000] for m in labelled])
+    for i, name in [*enumerate(task.labels)][1:]:
+        present = counts[:, i] > 0
+        median = np.median(ml[present, i]) if present.any() else np.nan
+        print(
+            f"{name:32s}{present.sum():12d}{median:12.4g}{100 * (counts[:, i] / counts.sum(1)).mean():12.3g}"
+        )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(__doc__, "data", "root", "fold", "cache", "workers", data="phantom")
+    common = "data root fold group modality flip cache workers".split()
+    parser = make_parser(__doc__, *common, data="phantom")
     parser.add_argument("action", choices=("check", "prepare", "info"))
     return parser.parse_args(argv)
 
@@ -499,18 +462,19 @@ def main(argv: list[str] | None = None) -> None:
     """Check, prepare or describe a data set. A problem ends with exit status 1."""
     args = parse_arguments(argv)
     workers = args.workers or default_workers()
-    try:
-        source = find_data(args.data, args.root, args.fold)
+    with one_sentence("data.py", args.debug):
+        source = find_data(args.data, args.root, args.fold, args.group, args.modality, args.flip)
+        cases, cache = sum(source.splits.values(), ()), Path(args.cache) / source.name
         if args.action == "prepare":
-            print(json.dumps(prepare(source, Path(args.cache) / source.name, workers).as_dict(), indent=1))
+            prepare(source, cache, workers)
+            print(f"{cache}: found or made {sum(case.label is not None for case in cases)} prepared cases")
             return
-        check_source(source, workers)
+        measured = survey(cases, source.task, workers)
         counts = ", ".join(f"{name} {len(cases)}" for name, cases in source.splits.items())
-        print(f"{source.root}: no problems in {sum(map(len, source.splits.values()))} cases ({counts})")
+        print(f"{source.root}: no problems in {len(cases)} cases ({counts})")
+        print("\n".join((plan := make_plan(source, [measured[c] for c in source.splits["train"]])).decisions))
         if args.action == "info":
-            print_info(source, workers)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"data.py: {error}") from error
+            print_info(plan.task, list(measured.values()))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from model import MaskSAM, load_checkpoint
 from support import files, layouts, metrics, nifti
-from support.presets import PRESETS
+from support.presets import PRESETS, Task
 
 Cases = Sequence[layouts.Case]
 
@@ -83,7 +83,7 @@ def sliding_window_inference(
         patch_size: (d, h, w), the size of a window. batch_size: number B of windows per call.
         overlap: share of a window that the next window covers too, in [0, 1). Release: 0.5.
         desc: title of a progress bar, or None.
-    Yields: (K, n, H, W) float32 on the CPU, D slices together.
+    Yields: (K, n, H, W) float32 where `predict` makes its maps, D slices together.
     """
     depth, *plane = volume.shape[1:]
     volume, before = pad_to_window(volume, patch_size)
@@ -95,8 +95,10 @@ def sliding_window_inference(
     for first in tqdm(range(0, len(corners), batch_size), desc, leave=False, disable=desc is None):
         batch = corners[first : first + batch_size]
         windows = [tuple(slice(s, s + p) for s, p in zip(corner, patch_size)) for corner in batch]
-        maps = predict(torch.stack([volume[:, *window] for window in windows])).float().cpu()
-        total = maps.new_zeros(maps.shape[1], 0, *shape[1:]) if total is None else total
+        maps = predict(torch.stack([volume[:, *window] for window in windows])).float()
+        if total is None:
+            total = maps.new_zeros(maps.shape[1], 0, *shape[1:])
+            weight, weight_sum = weight.to(maps.device), weight_sum.to(maps.device)
         new = windows[-1][0].stop - done - len(weight_sum)  # slices that no window has reached before
         if new > 0:
             total, weight_sum = F.pad(total, (0, 0, 0, 0, 0, new)), F.pad(weight_sum, (0, 0, 0, 0, 0, new))
@@ -136,9 +138,19 @@ def predict_case(
         slabs = sliding_window_inference(predict, volume, model.config.patch_size, **windows)
         return data.resample_scores(slabs, volume.shape[1], case.geometry.shape)
 
-    streams = [scores(model, case) for model, case in zip(models, prepared)]
-    label = np.concatenate([sum(parts).argmax(0).to(torch.uint8).numpy() for parts in zip(*streams)])
+    slabs = map(sum, zip(*(scores(model, case) for model, case in zip(models, prepared))))
+    label = torch.cat([label_of(slab) for slab in slabs]).numpy()
     return keep_largest_component(label, largest)
+
+
+def label_of(scores: Tensor) -> Tensor:
+    """Return the class of the largest score, (K, n, H, W) -> (n, H, W) uint8 on the CPU. ValueError: NaN."""
+    largest, label = scores.max(0)
+    if not torch.isfinite(largest.sum()):  # The maximum of numbers with a NaN is NaN.
+        raise ValueError(
+            "found scores that are not numbers, expected a checkpoint of a training that went well"
+        )
+    return label.to(torch.uint8).cpu()
 
 
 def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
@@ -163,34 +175,51 @@ def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, *opt
     return {"dice": metrics.dice_per_class(prediction, truth, model.config.num_classes)}
 
 
-def find_cases(args: argparse.Namespace, trained_with: Sequence[dict]) -> tuple[layouts.DataSource, Cases]:
-    """Find the cases that `args` (data, root, fold, split) name; arguments of train.py are the defaults."""
-    first = trained_with[0] if trained_with else {"root": None}
+def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layouts.DataSource, Cases]:
+    """Find the cases that `args` (data, root, fold, group, split) name; the training gives the defaults.
+
+    Raises: ValueError if one of the checkpoints (contents) was trained with a case that is to be scored.
+    """
+    first = contents[0]["arguments"] if contents else {"root": None}
     args.fold = first.get("fold") if args.fold is None else args.fold
     root = args.root if args.data or args.root else first["root"]
-    source = layouts.find_data(args.data or first["data"], root, args.fold)
+    group = args.group or first.get("group")
+    source = layouts.find_data(args.data or first["data"], root, args.fold, group)
     splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
     if args.split not in splits:
         raise ValueError(f"--split: found {args.split}, expected {', '.join(splits)} as in {source.root}")
-    folds = {trained.get("fold") for trained in trained_with}
-    if len(folds) > 1 and args.split in ("train", "val"):
-        raise ValueError(f"--split {args.split}: found folds {folds}, trained on each other's cases")
-    return source, splits[args.split]
+    cases = splits[args.split]
+    for path, content in zip(args.ckpt or (), contents):
+        known = content["cases"]["train"] if content["plan"]["data"] == source.name else ()
+        if seen := [case.name for case in cases if case.name in known]:
+            found = (
+                f"{path}: found {len(seen)} of {len(cases)} cases that it was trained with, such as {seen[0]}"
+            )
+            if args.split not in ("train", "all"):
+                raise ValueError(f"{found}; expected the fold of its training, or --split all")
+            print(f"remark: {found}")
+    return source, cases
 
 
 def predict_files(
-    cases: Cases, paths: list[Path], num_classes: int, description: Callable, predict: Callable, workers: int
+    cases: Cases,
+    paths: list[Path],
+    task: Task,
+    description: Callable,
+    predict: Callable,
+    workers: int,
+    plan=None,
 ) -> None:
     """Predict the cases that are not done yet. ValueError: an image is wrong; then nothing is written.
 
     Args:
         cases, paths: the cases, and the file to write for each, all in one folder.
-        num_classes, workers: K, and the number of threads that check the images.
+        task, workers: labels and channels, and the number of threads that check the images.
         description: case -> text for the header of its file. A file with this text is done.
         predict: case -> label map (D, H, W) and the geometry of its image.
+        plan: of the model; images that are unlike its training images are remarked.
     """
-    if problems := data.check_cases(cases, num_classes, workers):
-        raise ValueError(f"{len(problems)} problems, nothing was predicted:\n" + "\n".join(problems))
+    data.survey(cases, task, workers, plan=plan)
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     todo = [pair for pair in zip(cases, paths) if nifti.read_description(pair[1]) != description(pair[0])]
     for case, path in tqdm(todo, "predicting"):
@@ -202,12 +231,11 @@ def score_files(cases: Cases, paths: Sequence[Path], source: layouts.DataSource,
     """Compare label maps with the truth, after a check of all of them; see `report` for the arguments."""
     num_classes, scores = len(source.task.labels), {}
     truths = [dataclasses.replace(case, images=(), box_source=None) for case in cases]
-    if problems := data.check_cases(truths, num_classes, args.workers, paths):
-        raise ValueError(f"{len(problems)} problems, nothing was scored:\n" + "\n".join(problems))
+    data.survey(truths, source.task, args.workers, paths)
     options = {"tolerance": args.tolerance, "convention": args.convention, "workers": args.workers}
     for case, path in zip(tqdm(cases, "scoring"), paths):
         truth, geometry = nifti.read_label(case.label, num_classes)
-        prediction, _ = nifti.read_label(str(path), num_classes)
+        prediction, _ = nifti.read_label(str(path), num_classes, geometry)
         scores[case.name] = metrics.score_maps(prediction, truth, geometry.spacing, num_classes, **options)
     return metrics.summarize(scores, source.task.labels, source.task.scored)
 
@@ -245,13 +273,13 @@ def describe_box_source(where: str) -> str:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and refuse options that do not go together."""
-    parser = files.make_parser(__doc__, *"data root fold sam-checkpoint prompts device workers".split())
+    parser = files.make_parser(__doc__, *"data root fold group sam-checkpoint prompts device workers".split())
     add = parser.add_argument
     ckpt = "checkpoint of train.py, whose data, root and fold are the defaults; several are averaged"
     add("--ckpt", nargs="+", metavar="FILE", help=ckpt)
     add("--predictions", metavar="DIR", help="label maps of another program to score, instead of --ckpt")
     add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
-    add("--input", metavar="DIR", help="images without labels to predict, instead of a split")
+    add("--input", metavar="DIR|FILE", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
@@ -292,7 +320,7 @@ def predict(args: argparse.Namespace) -> dict | None:
     if args.input:
         cases = layouts.find_images(args.input, len(task.channels))
     else:
-        source, cases = find_cases(args, [content["arguments"] for content in contents])
+        source, cases = find_cases(args, contents)
     check_models(args, models, [plan.task for plan in plans], source)
     cases = layouts.with_box_source(cases, args.prompts)
     device = args.device or files.default_device()
@@ -308,20 +336,41 @@ def predict(args: argparse.Namespace) -> dict | None:
     def predict_one(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
         prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in plans]
         batches = {"device": device, "batch_size": args.batch_size, "desc": case.name}
-        return predict_case(models, prepared, **batches, **options), prepared[0].geometry
+        try:
+            return predict_case(models, prepared, **batches, **options), prepared[0].geometry
+        except ValueError as error:
+            raise ValueError(f"{', '.join(args.ckpt)}, case {case.name}: {error}") from error
 
     for model in models:
         model.to(device)
     suffix = layouts.box_source_suffix(args.prompts)
-    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions{suffix}-{args.split}")
+    if not (output := args.output):
+        output = (
+            Path(args.ckpt[0]).parent
+            / f"predictions{suffix}{differences(args, contents, source)}-{args.split}"
+        )
+    output = Path(output)
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
     paths = [output / f"{name}.nii.gz" for name in names]
-    predict_files(cases, paths, len(task.labels), description, predict_one, args.workers)
+    predict_files(cases, paths, task, description, predict_one, args.workers, plans[0])
     if args.submission:
         files.write_whole(output / "submission.zip", lambda file: zip_files(file, paths))
         print(f"{output / 'submission.zip'}: {len(paths)} files")
     facts = {"checkpoint": args.ckpt, "epoch": [content["epoch"] for content in contents]}
     return report(cases, paths, source, args, facts | {"prompts": args.prompts} | options, suffix)
+
+
+def differences(args: argparse.Namespace, contents: Sequence[dict], source: layouts.DataSource) -> str:
+    """Return the middle of the name of a folder for predictions: all that is not as in the training."""
+    first, parts = contents[0], []
+    if source.name != first["plan"]["data"]:
+        parts.append(source.name)
+    if args.fold != first["arguments"].get("fold"):
+        parts.append(f"fold{args.fold}")
+    if len(args.ckpt) > 1:
+        together = hashlib.sha256("\n".join(map(os.path.abspath, args.ckpt)).encode()).hexdigest()
+        parts.append(f"{len(args.ckpt)}models-{together[:8]}")
+    return "".join(f"-{part}" for part in parts)
 
 
 def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layouts.DataSource | None) -> None:
@@ -366,10 +415,8 @@ def score_predictions(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> dict | None:
     """Predict or score as the command line says, and return the results."""
     args = parse_arguments(argv)
-    try:
+    with files.one_sentence("evaluate.py", args.debug):
         return score_predictions(args) if args.predictions else predict(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -181,7 +181,8 @@ class MaskSAM(nn.Module):
         """Return the semantic maps of patches (B, C, D, H, W): (B, K, D, H, W) float32 in [0, N]."""
         outputs = self(volume)
         logits = resize(outputs["mask_logits"].float(), self.config.patch_size[1:])
-        maps = semantic_map(outputs["class_logits"].float(), logits)  # (S, K, H, W)
+        with torch.autocast(volume.device.type, enabled=False):  # in bf16, classes would tie
+            maps = semantic_map(outputs["class_logits"].float(), logits)  # (S, K, H, W)
         return maps.unflatten(0, (-1, self.config.patch_size[0])).transpose(1, 2)
 
 

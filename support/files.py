@@ -15,13 +15,14 @@ import torch
 # ----------------------------------------------------------------------------------------------------- files
 
 
-def write_whole(path: Path, write: Callable) -> None:
+def write_whole(path: Path, write: Callable, sync: bool = True) -> None:
     """Write a file whole or not at all: under a temporary name first, then renamed.
 
     The file is on the disk before it gets its name, so a crash of the machine leaves the old or the new one.
 
     Args:
         path: file to write; its folder exists. write: called with the open binary file.
+        sync: wait for the disk. Files that a checksum protects need not wait.
     Raises:
         OSError: the file could not be written. What was there before is still there.
     """
@@ -30,8 +31,9 @@ def write_whole(path: Path, write: Callable) -> None:
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(

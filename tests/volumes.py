@@ -52,7 +52,9 @@ def decathlon(root: Path, number: int = 5, modality: str = "MRI", affine: np.nda
 
 def plan_for(labels=3, spacing=(1.0, 1.0, 1.0), intensity=None, flip_axes=(), channels=("MR",)) -> data.Plan:
     names = tuple(f"class {i}" for i in range(labels))
-    return data.Plan("x", Task(names, channels, "CT" if intensity else "MR", flip_axes), spacing, intensity)
+    kind = "CT" if intensity else "MR"
+    intensity = intensity or (None,) * len(channels)
+    return data.Plan("x", Task(names, channels, (kind,) * len(channels), flip_axes), spacing, intensity)
 
 
 def one_hot(label: np.ndarray, classes: int) -> torch.Tensor:
