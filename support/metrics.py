@@ -1,7 +1,7 @@
 """Score label maps: Dice, HD95 and NSD per class, means, intervals and tables (paper 3, tables 1-3).
 
-    two masks ── _surface ──> voxels ── _nearest_distances, both ways ──┬── 95th percentile ──> HD95
-                                                                        └── share within tolerance ──> NSD
+    two masks ── _surface ──> voxels ── _distances, both ways ──┬── 95th percentile ──> HD95
+                                                                └── share within tolerance ──> NSD
     score_maps (one case) ──> summarize (all cases) ──> print_table, write_metrics
 
 Dice and NSD are fractions. Spacings are (D, H, W) in mm. NaN means "undefined" and is left out of every mean.
@@ -22,8 +22,7 @@ from support.files import write_text
 
 Array = np.ndarray
 METRICS = ("dice", "hd95", "nsd")
-IN_TRUTH, IN_PREDICTION = 1, 2  # bits of "presence"
-IN_BOTH = IN_TRUTH | IN_PREDICTION
+PRESENCE = {"neither": 0, "only_truth": 1, "only_prediction": 2}  # which map has a class; 3 is both
 
 # The values (dice, hd95, nsd) of a class that is in neither map, in the truth only, in the prediction only.
 # Infinity stands for the diagonal of the image. The other programs publish no NSD, so theirs stays undefined.
@@ -40,9 +39,8 @@ RESAMPLES = 1000  # Ours: number of bootstrap samples
 
 
 def dice_per_class(prediction: Array, truth: Array, num_classes: int) -> Array:
-    """Return the Dice of the classes 1 to K-1 of two label maps (D, H, W).
+    """Return the Dice (K-1,) of the classes 1 to K-1 of two label maps (D, H, W); NaN for a class in neither.
 
-    Returns: (K-1,) float64, NaN for a class in neither map, and 0 for a class in only one of them.
     Raises: ValueError if the shapes differ, or an id is not below K.
     """
     if prediction.shape != truth.shape:
@@ -71,31 +69,16 @@ def _surface(mask: Array) -> Array:
     return mask & ~inner
 
 
-def _nearest_distances(voxels: Array, others: Array, spacing: Sequence[float]) -> Array:
-    """Return the distance from each of n voxels to the nearest of other voxels: (n,), in any order."""
-    # A k-d tree needs only the surface voxels, a distance transform fills the whole box. Without balancing
-    # and tight boxes the tree is built fastest, and it stays fast where many voxels are equally near.
-    tree = cKDTree(np.argwhere(others) * spacing, balanced_tree=False, compact_nodes=False)
-    distances, _ = tree.query(np.argwhere(voxels & ~others) * spacing)
-    return np.concatenate([np.zeros(np.count_nonzero(voxels & others)), distances])
-
-
-def _hd95_and_nsd(masks: Sequence[Array], spacing, tolerance: float, in_voxels: bool) -> tuple[float, float]:
-    """Return HD95 and NSD of two masks (D, H, W) that are not empty.
-
-    HD95 is the 95th percentile of the distances between both surfaces (`medpy.metric.binary.hd95`). NSD is
-    the share of surface voxels within the tolerance of the other surface (Nikolov et al. 2018, counted as in
-    MONAI's `compute_surface_dice`).
-    """
-    pair = [_surface(mask) for mask in masks]
-
-    def distances(unit: Sequence[float]) -> Array:  # of both directions pooled
-        return np.concatenate([_nearest_distances(*pair, unit), _nearest_distances(*pair[::-1], unit)])
-
-    in_mm = distances(spacing)
-    hd95 = np.percentile(distances((1, 1, 1)) if in_voxels else in_mm, 95)
-    # Files hold float32 spacings, so ten voxels of 0.1 mm may be a little more than 1 mm.
-    return hd95, np.mean(in_mm <= tolerance * (1 + 1e-6))
+def _distances(pair: Sequence[Array], spacing: Sequence[float]) -> Array:
+    """Return the distances of the voxels of each of two surfaces to the other surface, in any order."""
+    found = []
+    for voxels, others in (pair, pair[::-1]):
+        # A k-d tree needs only the surface voxels, a distance transform fills the whole box. It is built
+        # fastest without balancing and tight boxes, and stays fast where many voxels are equally near.
+        tree = cKDTree(np.argwhere(others) * spacing, balanced_tree=False, compact_nodes=False)
+        distances, _ = tree.query(np.argwhere(voxels & ~others) * spacing)
+        found += [np.zeros(np.count_nonzero(voxels & others)), distances]
+    return np.concatenate(found)
 
 
 def score_maps(
@@ -103,12 +86,16 @@ def score_maps(
 ) -> dict[str, Array]:
     """Return Dice, HD95 and NSD of the classes 1 to K-1 of one case, on the grid of its file.
 
+    HD95 is the 95th percentile of the distances between both surfaces (`medpy.metric.binary.hd95`). NSD is
+    the share of surface voxels within the tolerance of the other surface (Nikolov et al. 2018, counted as in
+    MONAI's `compute_surface_dice`).
+
     Args:
         prediction, truth: (D, H, W) uint8, ids 0 to K-1. num_classes: K.
         spacing: mm. NSD always uses it; HD95 of a foreign convention is in voxels.
         tolerance: of NSD in mm. Ours: 1 mm, because the paper reports no NSD.
         convention: key of `ABSENT`. workers: number of threads.
-    Returns: dice, hd95, nsd: (K-1,) float64. presence: (K-1,) uint8, bits `IN_TRUTH` and `IN_PREDICTION`.
+    Returns: dice, hd95, nsd: (K-1,) float64. presence: (K-1,) uint8, see `PRESENCE`.
     Raises: ValueError if the shapes differ, an id is not below K, or the convention is unknown.
     """
     if convention not in ABSENT:
@@ -119,15 +106,17 @@ def score_maps(
 
     def score_class(class_id: int) -> tuple[float, float, float, int]:
         true_box, other_box = (found[class_id - 1] for found in boxes)
-        presence = IN_TRUTH * (true_box is not None) + IN_PREDICTION * (other_box is not None)
-        if presence != IN_BOTH:
+        presence = (true_box is not None) + 2 * (other_box is not None)
+        if presence < 3:
             absent_dice, hd95, nsd = ABSENT[convention][presence]
             return absent_dice, diagonal if hd95 == np.inf else hd95, nsd, presence
         # Cropping to the box around both changes no surface, because all around it is background.
         box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(true_box, other_box))
-        pair = truth[box] == class_id, prediction[box] == class_id
-        hd95, nsd = _hd95_and_nsd(pair, spacing, tolerance, in_voxels=convention != "masksam")
-        return dice[class_id - 1], hd95, nsd, presence
+        pair = [_surface(labels[box] == class_id) for labels in (truth, prediction)]
+        in_mm = _distances(pair, spacing)
+        hd95 = np.percentile(in_mm if convention == "masksam" else _distances(pair, (1, 1, 1)), 95)
+        # Files hold float32 spacings, so ten voxels of 0.1 mm may be a little more than 1 mm.
+        return dice[class_id - 1], hd95, np.mean(in_mm <= tolerance * (1 + 1e-6)), presence
 
     with ThreadPoolExecutor(workers) as pool:  # SciPy and NumPy release the GIL.
         rows = np.array(list(pool.map(score_class, range(1, num_classes)))).reshape(-1, 4)
@@ -157,20 +146,21 @@ def summarize(scores: dict[str, dict], labels: Sequence[str], scored: Sequence[i
     known = ~np.isnan(next(iter(values.values())))  # (cases, classes)
     if known.shape[1] != len(names):
         raise ValueError(f"scores: found {known.shape[1]} classes, expected {len(names)}: {', '.join(names)}")
-    counts = {"cases": known.sum(0)}
+    totals = {metric: known_mean(table, 0) for metric, table in values.items()} | {"cases": known.sum(0)}
     if "presence" in cases[0]:
         presence = np.stack([case["presence"] for case in cases])
-        states = {"neither": 0, "only_truth": IN_TRUTH, "only_prediction": IN_PREDICTION}
-        counts |= {key: (presence == state).sum(0) for key, state in states.items()}
+        totals |= {key: (presence == state).sum(0) for key, state in PRESENCE.items()}
 
     def by_class(columns: dict[str, Array]) -> dict[str, dict]:
-        return {name: dict(zip(columns, map(plain, row))) for name, row in zip(names, zip(*columns.values()))}
+        return {
+            name: {key: plain(column[i]) for key, column in columns.items()} for i, name in enumerate(names)
+        }
 
     return {
         "mean": {metric: plain(_class_mean(table[:, columns])) for metric, table in values.items()},
         "interval": {metric: _interval(table[:, columns]) for metric, table in values.items()},
         "scored": [names[column] for column in columns],
-        "per_class": by_class({metric: known_mean(table, 0) for metric, table in values.items()} | counts),
+        "per_class": by_class(totals),
         "per_case": {case: by_class({m: t[i] for m, t in values.items()}) for i, case in enumerate(scores)},
     }
 
@@ -209,44 +199,43 @@ def print_table(results: dict) -> None:
     tolerance = f" {results['tolerance_mm']:g} mm" if "tolerance_mm" in results else ""
     titles = {"dice": "Dice", "worst": "worst", "best": "best", "hd95": "HD95 mm" if ours else "HD95 voxels"}
     titles |= {"nsd": f"NSD{tolerance}", "cases": "cases", "only_truth": "missed", "only_prediction": "false"}
-    rows = dict(results["per_class"])
+    rows = {name: dict(row) for name, row in results["per_class"].items()}
     for name in rows if "dice" in results["mean"] else ():
         dice = [case[name]["dice"] for case in results["per_case"].values()]
         dice = [value for value in dice if value is not None]
-        rows[name] = rows[name] | {"worst": min(dice, default=None), "best": max(dice, default=None)}
+        rows[name] |= {"worst": min(dice, default=None), "best": max(dice, default=None)}
     titles = {key: title.rjust(6) for key, title in titles.items() if key in next(iter(rows.values()))}
+    summary = [("mean", results["mean"])]
+    if intervals := {metric: ends for metric, ends in results["interval"].items() if ends}:
+        for end, name in enumerate(("95 % from", "to")):
+            summary.append((name, {metric: ends[end] for metric, ends in intervals.items()}))
     width = max(map(len, [*rows, "95 % from"]))
 
     def line(name: str, values: dict) -> str:
-        cells = []
+        text = name.ljust(width)
         for key, title in titles.items():
             value = values.get(key, "")
             digits = 0 if isinstance(value, int) else 2 if key == "hd95" else 4
             cell = value if value == "" else "-" if value is None else f"{value:.{digits}f}"
-            cells.append(cell.rjust(len(title)))
-        return "  ".join([name.ljust(width), *cells]).rstrip()
+            text += "  " + cell.rjust(len(title))
+        return text.rstrip()
 
-    rule = "-" * (width + sum(len(title) + 2 for title in titles.values()))
-    others = [line(name, rows[name]) for name in rows if name not in results["scored"]]
-    lines = ["  ".join(["class".ljust(width), *titles.values()])]
-    lines += [line(name, rows[name]) for name in results["scored"]]
-    lines += [*([rule] if others else []), *others, rule, line("mean", results["mean"])]
-    intervals = {metric: ends for metric, ends in results["interval"].items() if ends}
-    for end, name in enumerate(("95 % from", "to") if intervals else ()):
-        lines.append(line(name, {metric: ends[end] for metric, ends in intervals.items()}))
+    rule = "-" * len("  ".join([" " * width, *titles.values()]))
+    others = [line(name, row) for name, row in rows.items() if name not in results["scored"]]
+    print("  ".join(["class".ljust(width), *titles.values()]))
+    print(*(line(name, rows[name]) for name in results["scored"]), *([rule] if others else []), sep="\n")
+    print(*others, rule, *(line(*row) for row in summary), sep="\n")
     if (origin := results.get("prompts", "auto")) != "auto":
         origin, model = "the truth" if origin == "gt" else origin, results.get("baseline", "the model")
-        lines.append(f"Not automatic: {model} was given the boxes of {origin}.")
+        print(f"Not automatic: {model} was given the boxes of {origin}.")
     if not ours:
-        lines.append(f"As {results['convention']} scores (HD95 in voxels): never compare with our columns.")
-    print("\n".join(lines))
+        print(f"As {results['convention']} scores (HD95 in voxels): never compare with our columns.")
 
 
 def write_metrics(folder: Path, results: dict, suffix: str = "") -> None:
-    """Write metrics.json with all results, and metrics.csv with a row per case and class and then the means.
+    """Write metrics<suffix>.json, and metrics<suffix>.csv with a row per case and class and then the means.
 
-    Undefined values are null and empty; NaN is a ValueError. The names get the suffix for given boxes, and
-    with a foreign convention end in -<convention>.
+    The names end in -<convention> if it is foreign. Undefined values are null or empty; NaN is a ValueError.
     """
     convention = results.get("convention", "masksam")
     stem = f"metrics{suffix}" + ("" if convention == "masksam" else f"-{convention}")

@@ -14,12 +14,13 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from support.files import make_parser
+from support.files import make_parser, one_sentence
 
 Array = np.ndarray
 # Ours: mean intensities of tissues, in 12 bits. Blood is nearly fat, and muscle is nearly liver.
@@ -50,7 +51,7 @@ def _write_patient(folder: Path, rng: np.random.Generator) -> None:
     (folder / "Info.cfg").write_text(f"ED: 1\nES: {es}\nGroup: SYN\n")
     spacing = np.array([rng.uniform(5, 10), *[rng.uniform(1.4, 1.8)] * 2])  # (D, H, W) in mm
     shape = tuple(int(rng.integers(low, high + 1)) for low, high in ((6, 12), (96, 128), (96, 128)))
-    anatomy = draw_anatomy(rng, shape, spacing)
+    anatomy = draw_anatomy(rng, shape[0] * spacing[0])
     for frame, contraction in ((1, 0.0), (es, rng.uniform(0.6, 1.0))):
         image, label = draw_frame(anatomy, contraction, shape, spacing, rng)
         for name, volume in ((f"frame{frame:02d}", image.astype(np.int16)), (f"frame{frame:02d}_gt", label)):
@@ -59,56 +60,55 @@ def _write_patient(folder: Path, rng: np.random.Generator) -> None:
             nib.save(nifti, folder / f"{folder.name}_{name}.nii.gz")
 
 
-def draw_anatomy(rng: np.random.Generator, shape: Sequence[int], spacing: Array) -> dict:
-    """Draw the parameters that both frames of a patient share: lengths in mm, angles in radians."""
-    length = shape[0] * spacing[0]
-    return {
-        "centre": rng.uniform(-15, 15, 2),
-        "tilt": rng.uniform(-0.12, 0.12, 2),  # drift of the long axis, mm per mm of depth
-        "ends": (rng.uniform(0, 0.2) * length - 0.5 * length, 0.5 * length - rng.uniform(0, 0.15) * length),
-        "radius": rng.uniform(20, 27),
-        "wall": rng.uniform(7, 10),
-        "septum": rng.uniform(0, 2 * np.pi),  # direction from the left to the right ventricle
-        "squeeze": rng.uniform(0.88, 1.0),
-        "lobes": [*zip(rng.uniform(0, 0.05, 3), rng.uniform(0, 2 * np.pi, 3))],
-        "right": (rng.uniform(1.25, 1.6), rng.uniform(1.0, 1.25), rng.uniform(0.7, 0.9)),  # reach, width, end
-        "papillary": rng.uniform(0, 2 * np.pi) + np.array([0.0, rng.uniform(1.5, 2.5)]),
-        "body": rng.uniform(0.9, 1.1, 2),
-        "vessels": [(rng.uniform(0, 2 * np.pi), rng.uniform(1.9, 2.8), rng.uniform(6, 14)) for _ in range(5)],
-        "gain": rng.uniform(0.85, 1.15, 6),
-    }
+def draw_anatomy(rng: np.random.Generator, length: float) -> SimpleNamespace:
+    """Draw what both frames of a patient share, in mm and radians, for a volume of a length in mm along D."""
+    return SimpleNamespace(
+        centre=rng.uniform(-15, 15, 2),
+        tilt=rng.uniform(-0.12, 0.12, 2),  # drift of the long axis, mm per mm of depth
+        ends=(rng.uniform(0, 0.2) * length - 0.5 * length, 0.5 * length - rng.uniform(0, 0.15) * length),
+        radius=rng.uniform(20, 27),
+        wall=rng.uniform(7, 10),
+        septum=rng.uniform(0, 2 * np.pi),  # direction from the left to the right ventricle
+        squeeze=rng.uniform(0.88, 1.0),
+        lobes=[*zip(rng.uniform(0, 0.05, 3), rng.uniform(0, 2 * np.pi, 3))],
+        right=(rng.uniform(1.25, 1.6), rng.uniform(1.0, 1.25), rng.uniform(0.7, 0.9)),  # reach, width, end
+        papillary=rng.uniform(0, 2 * np.pi) + np.array([0.0, rng.uniform(1.5, 2.5)]),
+        body=rng.uniform(0.9, 1.1, 2),
+        vessels=[(rng.uniform(0, 2 * np.pi), rng.uniform(1.9, 2.8), rng.uniform(6, 14)) for _ in range(5)],
+        gain=rng.uniform(0.85, 1.15, 6),
+    )
 
 
 def draw_frame(
-    anatomy: dict, contraction: float, shape: Sequence[int], spacing: Array, rng: np.random.Generator
+    a: SimpleNamespace, contraction: float, shape: Sequence[int], spacing: Array, rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """Draw a patient's frame: image (D, H, W) float in [0, 4095] and class ids (D, H, W) uint8.
+    """Draw a frame of an anatomy: image (D, H, W) float in [0, 4095] and class ids (D, H, W) uint8.
 
     The contraction is 0 at end-diastole and 1 at a strong end-systole.
     """
-    a, gain = anatomy, anatomy["gain"]
     places = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing))
     z, y, x = np.meshgrid(*places, indexing="ij", sparse=True)  # in mm from the volume's centre
-    dy, dx = y - a["centre"][0] - a["tilt"][0] * z, x - a["centre"][1] - a["tilt"][1] * z
-    base, apex = a["ends"]
-    along = (z - base) / (apex - base)  # from 0 at the base to 1 at the apex
+    dy, dx = y - a.centre[0] - a.tilt[0] * z, x - a.centre[1] - a.tilt[1] * z  # from the long axis
+    along = (z - a.ends[0]) / (a.ends[1] - a.ends[0])  # from 0 at the base to 1 at the apex
     label, distance, pool, outer = _draw_heart(a, contraction, along, dy, dx)
-    half_height, half_width = a["body"] * (0.46 * shape[1] * spacing[1], 0.47 * shape[2] * spacing[2])
+
+    def around(turn: float, far: Array | float) -> Array:  # distance from a point beside the long axis
+        return np.hypot(dx - far * np.cos(turn), dy - far * np.sin(turn))
+
+    half_height, half_width = a.body * (0.46 * shape[1] * spacing[1], 0.47 * shape[2] * spacing[2])
     body = np.hypot(y / half_height, x / half_width)
     image = np.where(body < 1, np.where(body < 0.93, SOFT, FAT), AIR) * np.ones(shape)
     for side in (-1, 1):
-        image[:, np.hypot((x - side * 52) / 24, (y + 8) / 42)[0] < 1] = LUNG * gain[0]
-    image[:, np.hypot((x + 28) / 40, (y - 58) / 26)[0] < 1] = LIVER * gain[1]
-    for turn, far, size in a["vessels"]:  # more blood: aorta, veins, atrium
-        place = np.hypot(dx - far * a["radius"] * np.cos(turn), dy - far * a["radius"] * np.sin(turn))
-        image[place < size] = BLOOD * gain[2]
-    image[(distance < 1.12 * outer) & (along > -0.15) & (along < 1.1)] = FAT * gain[3] * 0.8  # pericardium
-    image[(along < 0) & (distance < 0.9 * outer)] = BLOOD * gain[4]  # atrium: blood without a label
-    image[(label == 1) | (label == 3)] = BLOOD * gain[4]
-    image[label == 2] = MUSCLE * gain[5]
-    for turn in a["papillary"]:  # papillary muscles are dark, but belong to class 3
-        place = np.hypot(dx - 0.6 * pool * np.cos(turn), dy - 0.6 * pool * np.sin(turn))
-        image[(place < 0.16 * pool) & (label == 3)] = MUSCLE * gain[5]
+        image[:, np.hypot((x - side * 52) / 24, (y + 8) / 42)[0] < 1] = LUNG * a.gain[0]
+    image[:, np.hypot((x + 28) / 40, (y - 58) / 26)[0] < 1] = LIVER * a.gain[1]
+    for turn, far, size in a.vessels:  # more blood: aorta, veins, atrium
+        image[around(turn, far * a.radius) < size] = BLOOD * a.gain[2]
+    image[(distance < 1.12 * outer) & (along > -0.15) & (along < 1.1)] = FAT * a.gain[3] * 0.8  # pericardium
+    image[(along < 0) & (distance < 0.9 * outer)] = BLOOD * a.gain[4]  # atrium: blood without a label
+    image[(label == 1) | (label == 3)] = BLOOD * a.gain[4]
+    image[label == 2] = MUSCLE * a.gain[5]
+    for turn in a.papillary:  # papillary muscles are dark, but belong to class 3
+        image[(around(turn, 0.6 * pool) < 0.16 * pool) & (label == 3)] = MUSCLE * a.gain[5]
     image = ndimage.gaussian_filter(image, (0, 0.7, 0.7))
     knots = rng.uniform(0.65, 1.35, (2, 4, 4))
     bias = ndimage.zoom(knots, np.divide(shape, knots.shape), order=1, grid_mode=True, mode="nearest")
@@ -117,17 +117,17 @@ def draw_frame(
     return np.hypot(image * bias + texture + noise[0], noise[1]).clip(0, 4095), label  # Rician noise
 
 
-def _draw_heart(a: dict, contraction: float, along: Array, dy: Array, dx: Array) -> tuple[Array, ...]:
+def _draw_heart(a: SimpleNamespace, contraction: float, along: Array, dy: Array, dx: Array) -> tuple:
     """Return class ids (D, H, W), distances from the long axis, and the radii of pool and ring, in mm."""
     inside = (along >= 0) & (along < 1)
     taper = np.sqrt(np.clip(1 - (0.93 * along.clip(0)) ** 2.5, 0, None))
-    angle, turn, (rv_reach, rv_width, rv_end) = np.arctan2(dy, dx), a["septum"], a["right"]
+    angle, turn, (rv_reach, rv_width, rv_end) = np.arctan2(dy, dx), a.septum, a.right
     u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)  # u: to the septum
-    wobble = 1 + sum(k * np.cos((i + 2) * angle + p) for i, (k, p) in enumerate(a["lobes"]))
-    distance = np.hypot(u / a["squeeze"], v) / wobble
-    pool = a["radius"] * taper * (1 - 0.38 * contraction)
-    outer = pool + a["wall"] * (0.75 + 0.25 * taper) * (1 + 0.45 * contraction)
-    reach = outer + a["radius"] * (rv_reach - 0.85) * (1 - 0.35 * contraction)
+    wobble = 1 + sum(k * np.cos((i + 2) * angle + p) for i, (k, p) in enumerate(a.lobes))
+    distance = np.hypot(u / a.squeeze, v) / wobble
+    pool = a.radius * taper * (1 - 0.38 * contraction)
+    outer = pool + a.wall * (0.75 + 0.25 * taper) * (1 + 0.45 * contraction)
+    reach = outer + a.radius * (rv_reach - 0.85) * (1 - 0.35 * contraction)
     crescent = np.hypot((u - 0.55 * reach) / (0.62 * reach), v / (rv_width * outer)) < 1
     label = np.zeros(distance.shape, np.uint8)
     label[crescent & inside & (along < rv_end) & (distance >= outer)] = 1
@@ -140,10 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     """Write the default set to the given folder."""
     parser = make_parser(__doc__)
     parser.add_argument("folder", nargs="?", default="data/phantom", help="folder to make")
-    try:
-        write_phantom(parser.parse_args(argv).folder)
-    except OSError as error:
-        raise SystemExit(f"phantom.py: {error}") from error
+    args = parser.parse_args(argv)
+    with one_sentence("phantom.py", args.debug):
+        write_phantom(args.folder)
 
 
 if __name__ == "__main__":

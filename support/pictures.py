@@ -1,8 +1,7 @@
 """Draw runs, label maps and queries: arrays go in, a PNG file comes out (paper fig. 1, 6, 7).
 
-Volumes are in RAS orientation: the rows of a slice run to the patient's front and are drawn upwards, the
-columns run to the patient's right and are drawn rightwards. Only this file imports matplotlib. Ours: all
-sizes, all colours, and the choice of slices and windows.
+The axis H of a volume is drawn upwards and W rightwards; the letters R and L show the patient's sides. Only
+this file imports matplotlib. Ours: all sizes, all colours, and the choice of slices and windows.
 
     log.jsonl           ── draw_curves ───> losses and validation Dice over the epochs
     pictures of cases   ── draw_overlay ──> some slices of each case, with contours or errors (fig. 6, 7)
@@ -24,7 +23,7 @@ from support.files import write_whole
 matplotlib.use("Agg")  # write files, open no window
 
 NUM_SLICES = 3  # drawn of each case
-PANEL = 2.1  # side of a panel in inches
+PANEL, COLUMNS = 2.1, 7  # side of a panel in inches; panels beside each other in a picture of queries
 # Colours of the kinds of wrong voxels and of box prompts. No class has any of them.
 ERRORS = {"false positive": "#ff00ff", "false negative": "#00ffff", "wrong class": "#ffff00"}
 BOX = {"box prompt": "#ffff00"}
@@ -38,6 +37,7 @@ class Picture(NamedTuple):
     truth: np.ndarray  # (D, H, W) class ids
     prediction: np.ndarray  # (D, H, W) class ids
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # (D, H, W) in mm
+    sides: str = ""  # letters of the patient's sides at the left and the right edge, see `sides_of`
 
 
 class Query(NamedTuple):
@@ -51,12 +51,13 @@ class Query(NamedTuple):
     mask: np.ndarray  # (H, W) probabilities of the final mask
 
 
-def _save(figure: plt.Figure, path: str | Path) -> None:
-    """Write a figure whole or not at all, and close it."""
-    try:
-        write_whole(Path(path), lambda file: figure.savefig(file, format="png", dpi=130))
-    finally:
-        plt.close(figure)
+def sides_of(frame: np.ndarray) -> str:
+    """Return the letters for an array whose axes W, H, D have the directions `frame` (3, 3) in the patient.
+
+    Returns: "LR" or "RL" if W is nearest to the patient's left-right axis, else "".
+    """
+    right, *others = frame[:, 0]
+    return "" if abs(right) < max(map(abs, others)) else "LR" if right > 0 else "RL"
 
 
 def draw_curves(log_path: str | Path, path: str | Path) -> None:
@@ -64,11 +65,10 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
     log = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
     scored = [entry for entry in log if entry["val_dice"] is not None]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    epochs = [entry["epoch"] for entry in log]
     for name in (key for key in log[0] if key.startswith("loss")):
         style = {"color": "black", "linewidth": 2} if name == "loss" else {}
-        label = name.removeprefix("loss_").replace("_", " ")
-        left.plot(epochs, [entry[name] for entry in log], label=label, **style)
+        style["label"] = name.removeprefix("loss_").replace("_", " ")
+        left.plot([entry["epoch"] for entry in log], [entry[name] for entry in log], **style)
     left.set(xlabel="epoch", title="training loss, and its terms before weighting", yscale="log")
     left.legend(fontsize=7, ncols=2)
     epochs = [entry["epoch"] for entry in scored]
@@ -106,9 +106,9 @@ def draw_overlay(
         panels: the panels of a slice, out of "image", "truth", "prediction" and "errors".
         one_row: whether the slices of a case stand beside each other, instead of below each other.
     """
-    pictures = [_stretch(picture) for picture in pictures]
+    pictures, colours = [_stretch(picture) for picture in pictures], _colours(labels)
     slices = [choose_slices(picture.truth, picture.prediction, worst) for picture in pictures]
-    most, colours = max(map(len, slices)), _colours(labels)
+    most = max(map(len, slices))
     rows, columns = (1, most * len(panels)) if one_row else (most, len(panels))
     size = (PANEL * columns, ((PANEL + 0.2) * rows + 0.3) * len(pictures))
     figure = plt.figure(figsize=size, layout="constrained")
@@ -120,9 +120,8 @@ def draw_overlay(
         window = _window(((picture.truth > 0) | (picture.prediction > 0))[chosen], picture.spacing[1:])
         for axis, (d, panel) in zip(axes.flat, itertools.product(chosen, panels)):
             _draw_panel(axis, picture, d, panel, window, colours)
-        _draw_scale(axes[0, 0], picture.spacing)
-    _draw_legend(figure, labels, colours, ERRORS if "errors" in panels else {})
-    _save(figure, path)
+        _draw_scale(axes[0, 0], picture)
+    _finish(figure, path, labels, colours, ERRORS if "errors" in panels else {})
 
 
 def _window(filled: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> tuple[slice, slice]:
@@ -139,25 +138,23 @@ def _window(filled: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> tuple[
     return tuple(window)
 
 
-def draw_queries(
-    picture: Picture, queries: Sequence[Query], labels: Sequence[str], path: str | Path, columns: int = 7
-) -> None:
+def draw_queries(picture: Picture, queries: Sequence[Query], labels: Sequence[str], path: str | Path) -> None:
     """Draw truth and prediction of a slice (D is 1), then for each query its prompts above its final mask.
 
-    Further queries than there are `columns` go below. labels: class names by id. path: PNG to write.
+    Further queries than there are `COLUMNS` go below. labels: class names by id. path: PNG to write.
     """
     picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
     whole = (slice(0, height), slice(0, width))
-    bands = -(-(len(queries) + 1) // columns)  # the first place holds truth and prediction
-    columns = min(columns, max(2, len(queries) + 1))
-    options = {"figsize": (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3), "layout": "constrained"}
-    figure, axes = plt.subplots(2 * bands, columns, squeeze=False, **options)
+    bands = -(-(len(queries) + 1) // COLUMNS)  # the first place holds truth and prediction
+    columns = min(COLUMNS, max(2, len(queries) + 1))
+    size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3)
+    figure, axes = plt.subplots(2 * bands, columns, squeeze=False, figsize=size, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, panel in zip(axes[:2, 0], ("truth", "prediction")):
         _draw_panel(axis, picture, 0, panel, whole, colours)
         axis.set_title(panel, fontsize=8)
-    _draw_scale(axes[0, 0], picture.spacing)
+    _draw_scale(axes[0, 0], picture)
     for place, query in enumerate(queries, 1):
         upper, lower = axes.reshape(bands, 2, columns)[place // columns, :, place % columns]
         for axis, mask in ((upper, query.aux_mask), (lower, query.mask)):
@@ -166,16 +163,14 @@ def draw_queries(
                 shade = matplotlib.colors.to_rgba_array(colours[query.class_id], 0.5 * mask.ravel())
                 axis.imshow(shade.reshape(height, width, 4), origin="lower", aspect=axis.get_aspect())
                 _draw_contour(axis, mask > 0.5, colours[query.class_id])
-        x0, y0, x1, y1 = query.box * (width, height, width, height)
-        corner = (x0 - 0.5, y0 - 0.5)  # pixel i reaches from i - 0.5 to i + 0.5
+        x0, y0, x1, y1 = query.box * (width, height, width, height) - 0.5  # pixel i begins at i - 0.5
         style = {"fill": False, "edgecolor": BOX["box prompt"], "clip_on": False}
-        upper.add_patch(plt.Rectangle(corner, x1 - x0, y1 - y0, **style))
+        upper.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
         name = f"query {query.number}: {labels[query.class_id]} {query.probability:.2f}"
         upper.set_title(f"{name}\nprompts: {'box' if query.aux_mask is None else 'mask and box'}", fontsize=8)
         lower.set_title("final mask", fontsize=8)
     figure.suptitle(picture.name, fontsize=10, fontweight="bold")
-    _draw_legend(figure, labels, colours, BOX)
-    _save(figure, path)
+    _finish(figure, path, labels, colours, BOX)
 
 
 def _colours(labels: Sequence[str]) -> list:
@@ -221,21 +216,33 @@ def _draw_contour(axis: plt.Axes, mask: np.ndarray, colour, linewidths: float = 
         axis.set(xlim=(-0.5, width - 0.5), ylim=(-0.5, height - 0.5))  # the limits of the image
 
 
-def _draw_scale(axis: plt.Axes, spacing: Sequence[float]) -> None:
-    """Draw a bar of a round length in mm at the lower left, at most half as long as the panel is wide."""
-    width = axis.get_xlim()[1] + 0.5
-    mm = next((mm for mm in (100, 50, 20, 10, 5, 2) if mm <= width * spacing[2] / 2), 1)
+def _draw_scale(axis: plt.Axes, picture: Picture) -> None:
+    """Draw a bar of a round length in mm, at most half the width of the panel, and the patient's sides."""
+    width, millimetres, black = axis.get_xlim()[1] + 0.5, picture.spacing[2], {"facecolor": "black"}
+    mm = next((mm for mm in (100, 50, 20, 10, 5, 2) if mm <= width * millimetres / 2), 1)
     x, y = 0.05 * width, 0.05 * (axis.get_ylim()[1] + 0.5)
-    axis.plot([x, x + mm / spacing[2]], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
+    axis.plot([x, x + mm / millimetres], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
     text = axis.annotate(f"{mm} mm", (x, y), (1, 4), textcoords="offset points", color="white", fontsize=7)
-    text.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1})
+    text.set_bbox(black | {"alpha": 0.6, "linewidth": 0, "pad": 1})
+    for letter, x, side in zip(picture.sides, (0.02, 0.98), ("left", "right")):
+        place = {"transform": axis.transAxes, "horizontalalignment": side, "verticalalignment": "center"}
+        axis.text(x, 0.5, letter, color="white", fontsize=8, bbox=black | {"alpha": 0.6, "pad": 1}, **place)
 
 
-def _draw_legend(figure: plt.Figure, labels: Sequence[str], colours: list, others: dict[str, str]) -> None:
-    """Name the classes and other colours below the panels; the figure grows by the height of the legend."""
+def _finish(figure: plt.Figure, path, labels: Sequence[str], colours: list, others: dict[str, str]) -> None:
+    """Name the classes and other colours below the panels, write the figure whole, and close it."""
     entries = [*zip(labels[1:], colours[1:]), *others.items()]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries]
     entry_width = 0.65 + 0.075 * max(len(name) for name, _ in entries)  # inches, for letters of 9 points
     columns = min(len(handles), max(1, int(figure.get_figwidth() / entry_width)))
     figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * -(-len(handles) // columns))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: str | Path) -> None:
+    """Write a figure whole or not at all, and close it."""
+    try:
+        write_whole(Path(path), lambda file: figure.savefig(file, format="png", dpi=130))
+    finally:
+        plt.close(figure)

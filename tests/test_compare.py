@@ -35,12 +35,18 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_of_their_best_epochs(c
     assert "without mirroring" in note
 
 
-def test_what_is_no_finished_run_is_named(capsys):
-    log = Path("b9-0/log.jsonl")
-    log.write_text("\n".join(log.read_text().splitlines()[:2]))
-    compare.main(["b1-0", "b9-0"])
-    assert "Not finished: b9-0 (2 of 3 epochs).\n" in capsys.readouterr().out
-    log.write_text(log.read_text().splitlines()[0])
-    for folder, error in (("b9-0", "ValueError"), ("nowhere", "FileNotFoundError")):
-        with pytest.raises(SystemExit, match=f"^compare.py: {folder}: found {error}.*expected a validated"):
-            compare.main(["b1-0", folder])
+def test_what_is_no_finished_run_is_skipped_with_a_line(capsys):
+    log, content = Path("b9-0/log.jsonl"), Path("b9-0/log.jsonl").read_text().splitlines()
+    for text, found in (
+        ("\n".join(content[:2]), "2 of 3 epochs, 1 of them validated"),
+        ("\n".join(content[:1] * 3), "1 of 3 epochs, 0 of them validated"),
+        ("", "no config.json and log.jsonl of train.py"),
+        (content[0][:9], "no config.json and log.jsonl of train.py"),
+    ):
+        log.write_text(text)
+        compare.main(["b1-0", "b9-0", "nowhere"])
+        skipped, nowhere, _, row, _ = capsys.readouterr().out.splitlines()
+        assert skipped == f"skipped b9-0: found {found}, expected a finished run"
+        assert nowhere.startswith("skipped nowhere: found no config.json") and row.split()[0] == "b1"
+    with pytest.raises(SystemExit, match="^compare.py: found no finished run in 2 folders"):
+        compare.main(["b9-0", "nowhere"])

@@ -34,38 +34,40 @@ def corners(axis: plt.Axes) -> tuple:
 
 
 def test_contours_enclose_their_pixels_and_errors_are_the_voxels_that_differ(figures, tmp_path):
-    shown, panels = picture(spacing=(8.0, 3.0, 1.5)), ("truth", "prediction", "errors")
+    shown, panels = picture(spacing=(8.0, 3.0, 1.5), sides="RL"), ("truth", "prediction", "errors")
     shown.prediction[1:5, 10:12, 12:15], shown.prediction[1:5, 22:24, 12:14] = 1, 1
     pictures.draw_overlay([picture(), shown], CLASSES, tmp_path / "x.png", panels, one_row=False)
-    window, axes = (
-        pictures._window(shown.truth + shown.prediction > 0, (3.0, 1.5)),
-        figures[0].subfigs[1].axes,
-    )
-    kinds = {handle.get_label(): handle.get_facecolor() for handle in figures[0].legends[0].legend_handles}
+    axes, kinds = figures[0].subfigs[1].axes, figures[0].legends[0].legend_handles
+    kinds = {handle.get_label(): handle.get_facecolor() for handle in kinds}
+    window = pictures._window(shown.truth + shown.prediction > 0, (3.0, 1.5))
     for row, d in zip(np.reshape(axes, (3, 3)), pictures.choose_slices(*shown[2:4]), strict=True):
-        true, found, drawn = (
-            shown.truth[d, *window],
-            shown.prediction[d, *window],
-            row[2].images[1].get_array(),
-        )
+        true, found = shown.truth[d, *window], shown.prediction[d, *window]
+        grey, drawn = row[2].images
         for axis, label_map in zip(row, (true, found)):
             y, x = np.nonzero(label_map == 2)
             assert np.allclose(corners(axis), (x.min() - 0.5, y.min() - 0.5, x.max() + 0.5, y.max() + 0.5))
-        assert row[2].images[1].get_extent() == row[2].images[0].get_extent()  # on the pixels of the image
+        assert drawn.get_extent() == grey.get_extent()  # on the pixels of the image
         wrong = {"false positive": true == 0, "false negative": found == 0, "wrong class": true * found > 0}
         for name, where in wrong.items():
-            assert (drawn[where & (true != found)] == kinds[name]).all() and (where & (true != found)).any()
-        assert (drawn[true == found][:, 3] == 0).all()
+            assert (drawn.get_array()[where & (true != found)] == kinds[name]).all()
+            assert (where & (true != found)).any()
+        assert (drawn.get_array()[true == found][:, 3] == 0).all()
         assert row[2].get_title() == f"slice {d}, errors: {np.count_nonzero(true != found)} voxels"
         column, line = np.abs(np.diff(row[0].transData.transform([(0, 0), (1, 1)]), axis=0))[0]
         assert np.isclose(line / column, 3.0 / 1.5)  # true to scale
-    assert axes[0].texts[0].get_text() == "20 mm" and np.isclose(
-        np.ptp(axes[0].lines[0].get_xdata()) * 1.5, 20
-    )
+    bar, *sides = axes[0].texts
+    assert bar.get_text() == "20 mm" and np.isclose(np.ptp(axes[0].lines[0].get_xdata()) * 1.5, 20)
+    assert [(side.get_text(), side.get_position()[0] < 0.5) for side in sides] == [("R", True), ("L", False)]
+
+
+def test_the_sides_are_the_patients_where_w_runs_between_them():
+    turned = np.array([[-0.9, 0.4, 0], [0.4, 0.9, 0], [0, 0, 1]])  # columns: directions of W, H, D
+    for frame, sides in ((np.eye(3), "LR"), (turned, "RL"), (np.eye(3)[[1, 0, 2]], "")):
+        assert pictures.sides_of(frame) == sides
 
 
 def test_slices_window_and_contrast_are_those_of_the_labels():
-    _, _, truth, prediction, _ = picture()
+    _, _, truth, prediction, *_ = picture()
     assert pictures.choose_slices(truth, prediction) == [1, 3, 4]
     assert pictures.choose_slices(truth * 0, truth * 0, worst=True) == [1, 2, 4]  # no label, no error
     prediction[2, 30:35] = 1
@@ -85,12 +87,13 @@ def test_slices_window_and_contrast_are_those_of_the_labels():
     assert np.isfinite(pictures._stretch(picture(image=np.zeros((6, 40, 50)))).image).all()
 
 
-def test_box_prompts_and_outlines_enclose_their_pixels(figures, tmp_path):
+def test_box_prompts_and_outlines_enclose_their_pixels(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "COLUMNS", 4)
     mask, box = np.zeros((20, 40)), np.array([0.5, 0.25, 0.75, 0.5])
     mask[5:10, 20:30] = 1
     shown = Picture("x", np.zeros((1, 20, 40)), *np.zeros((2, 1, 20, 40), np.uint8))
     queries = [Query(n, 2, 0.9, box, aux, mask) for n, aux in enumerate([mask, None, mask, None])]
-    pictures.draw_queries(shown, queries, CLASSES, tmp_path / "x.png", columns=4)
+    pictures.draw_queries(shown, queries, CLASSES, tmp_path / "x.png")
     grid = np.reshape(figures[0].axes, (4, 4))  # two bands of prompts above final masks
     for n, prompts in enumerate(["mask and box", "box"] * 2, 1):
         upper, lower = grid[n // 4 * 2 :, n % 4][:2]

@@ -13,6 +13,7 @@ from model import MaskSAMConfig, build_model, checkpoint_content
 from support import layouts, nifti, phantom, pictures
 from support.checkpoints import write_checkpoint
 from tools import visualize
+from volumes import save
 
 
 def test_worst_median_and_best_are_by_the_mean_over_scored_classes():
@@ -68,8 +69,10 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
     torch.manual_seed(0)
     model, sam = build_model(MaskSAMConfig("tiny", "b9", 1, 4, 4, (4, 64, 64), (64, 64)))
     torch.nn.init.normal_(model.class_tokens, std=5)
-    content = checkpoint_content(model, sam, data.make_plan(source).as_dict()) | {"epoch": 1}
-    write_checkpoint(tmp_path / "x.pt", content | {"arguments": {"data": "phantom", "root": "data/phantom"}})
+    plan = data.make_plan(source, [*data.survey(source.splits["train"], source.task).values()])
+    content = checkpoint_content(model, sam, plan.as_dict()) | {"epoch": 1}
+    arguments = {"data": "phantom", "root": "data/phantom"}
+    write_checkpoint(tmp_path / "x.pt", content | {"arguments": arguments, "cases": {"train": [], "val": []}})
     (tmp_path / "net").mkdir()
     for shift, case in ((3, first), (6, second)):
         label, geometry = nifti.read_label(case.label, 4)
@@ -84,6 +87,8 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
         visualize.main(line.split())
     compared, sheet, *asked = figures
     assert [part.get_suptitle() for part in compared.subfigs] == [second.name]
+    for axis in (compared.axes[0], asked[0].axes[0]):
+        assert [text.get_text() for text in axis.texts[1:]] == ["L", "R"]  # x of a file runs to the right
     titles = [part.get_suptitle().split(",")[0] for part in sheet.subfigs]
     assert titles == [f"worst: {second.name}", f"best: {first.name}"]  # which is shifted least
     for figure, d in zip(asked, ((label > 0).sum((1, 2)).argmax(), 0), strict=True):
@@ -92,12 +97,13 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
         assert figure.get_suptitle() == title
     plt.close("all")
 
-    geometry.affine[:3, 3] += 20
-    nifti.write_label_map(tmp_path / f"net/{second.name}.nii.gz", label, geometry)
+    save(
+        f"net/{second.name}.nii.gz", label.transpose(), geometry.affine + 20 * np.eye(4, k=3)
+    )  # moved along x
     for line, words in (
         (f"compare {net} --case nobody", f"no case nobody, .*: {first.name}, "),
         (f"compare {net}", f"{second.name}.nii.gz: found the affine"),
-        ("sheet --predictions data", "metrics.json: found FileNotFoundError.*run it first"),
+        ("sheet --predictions data", "metrics.json: found no such file, .*; run it first"),
         (f"{ask} --slice -1", f"--slice -1: {second.name} has the slices 0 to"),
     ):
         with pytest.raises(SystemExit, match=f"^visualize.py: (?s:.*){words}"):

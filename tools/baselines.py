@@ -61,7 +61,7 @@ MR_PERCENTILES = (0.5, 99.5)  # of the voxels above 0: the same file
 
 
 def load_baseline(name: str, path: str | Path | None = None) -> tuple[nn.Module, str | None]:
-    """Build SAM with the weights of a baseline; return it in evaluation mode, and the sha256 of its file."""
+    """Build a baseline with its weights; return it in evaluation mode, and the sha256 of its file."""
     baseline = BASELINES[name]
     if baseline.home and path is None:
         raise FileNotFoundError(f"{name} needs --sam-checkpoint FILE: {baseline.home}")
@@ -90,17 +90,16 @@ def grey_levels(volume: np.ndarray, modality: str) -> np.ndarray:
 
 def encoder_input(picture: Tensor, baseline: Baseline) -> Tensor:
     """Resample a slice (H, W) of grey levels 0..255 to the encoder's size; return (1, 3, h, w), 0..255."""
-    scale = baseline.side / max(picture.shape)
-    size = (baseline.side,) * 2 if baseline.square else tuple(int(n * scale + 0.5) for n in picture.shape)
-    grey, options = picture[None, None].float(), {"align_corners": False, "antialias": True}
-    grey = F.interpolate(grey, size, mode=baseline.interpolation, **options).round().clamp(0, 255)
+    sides, grey = (1, 1) if baseline.square else picture.shape, picture[None, None].float()
+    size = [int(n * (baseline.side / max(sides)) + 0.5) for n in sides]
+    grey = F.interpolate(grey, size, mode=baseline.interpolation, antialias=True).round().clamp(0, 255)
     if baseline.stretch:
         low, high = grey.aminmax()
         grey = (grey - low) * (255 / (high - low).clamp(min=1e-8))
     return grey.expand(-1, 3, -1, -1)  # `Sam.preprocess` will scale and pad it
 
 
-def box_prompts(labels: Tensor, size: Sequence[int], margin: float = 0.0) -> tuple[Tensor, Tensor]:
+def box_prompts(labels: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Make one box for every class in a slice, the papers' "1 bbox".
 
     SAM adds half a pixel to box corners, which it takes for centres of pixels. So its box runs from the
@@ -108,14 +107,10 @@ def box_prompts(labels: Tensor, size: Sequence[int], margin: float = 0.0) -> tup
 
     Args:
         labels: (H, W) class ids of the box source. size: (h, w) of the encoder's picture.
-        margin: pixels of that picture, added on all sides; the box ends where the picture ends.
     Returns: class ids (n,), ascending; boxes (n, 4), x0, y0, x1, y1 in pixels of the encoder's picture.
     """
-    class_ids = torch.unique(labels[labels > 0])
-    limit = torch.tensor([size[1], size[0]], dtype=torch.float32)
-    edges = masks_to_boxes(labels == class_ids[:, None, None]) * limit.repeat(2)
-    near, far = (edges + margin * torch.tensor([-1, -1, 1, 1])).split(2, dim=-1)
-    near, far = near.clamp(min=0), far.minimum(limit)
+    class_ids, limit = torch.unique(labels[labels > 0]), torch.tensor([size[1], size[0]] * 2)
+    near, far = (masks_to_boxes(labels == class_ids[:, None, None]) * limit).split(2, dim=-1)
     return class_ids, torch.cat([near, (far - 1).maximum(near)], dim=-1)
 
 
@@ -136,21 +131,18 @@ def segment_slice(sam: nn.Module, image: Tensor, boxes: Tensor, shape: Sequence[
 
 
 def predict_case(
-    sam: nn.Module, baseline: Baseline, pictures: np.ndarray, box_labels: np.ndarray, margin=0.0, amp="off"
+    sam: nn.Module, baseline: Baseline, pictures: np.ndarray, box_labels: np.ndarray, amp="off"
 ) -> np.ndarray:
-    """Make the label map (D, H, W) of a case, slice by slice.
+    """Make the label map (D, H, W) of a case from grey levels 0..255 and labels for boxes, both (D, H, W).
 
     Ours: where masks overlap, the mask of the smaller box lies on top. In MedSAM's scripts the later class
     replaces the earlier one, which depends on the order of the classes. The largest logit would be wrong: in
     the box of a ring these models find the inside of the ring, and are sure of it (docs/results.md).
-
-    Args:
-        pictures: (D, H, W) grey levels 0..255. box_labels: (D, H, W). margin: see `box_prompts`.
     """
     label = np.zeros(box_labels.shape, np.uint8)
     for d in np.flatnonzero(box_labels.any((1, 2))):
         image = encoder_input(torch.from_numpy(pictures[d].copy()), baseline)
-        class_ids, boxes = box_prompts(torch.from_numpy(box_labels[d].copy()), image.shape[-2:], margin)
+        class_ids, boxes = box_prompts(torch.from_numpy(box_labels[d].copy()), image.shape[-2:])
         masks = segment_slice(sam, image, boxes, label.shape[1:], amp) > sam.mask_threshold  # (n, H, W)
         small_first = (boxes[:, 2:] - boxes[:, :2]).prod(dim=-1).argsort(stable=True)
         class_ids, masks = class_ids[small_first], masks[small_first]
@@ -160,14 +152,13 @@ def predict_case(
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. `evaluate.py --predictions` scores the files in other ways."""
-    parser = files.make_parser(__doc__, "root", "fold", "sam-checkpoint", "device", "workers")
-    parser.set_defaults(tolerance=1.0, convention="masksam")
+    parser = files.make_parser(__doc__, *"root fold group sam-checkpoint device workers".split())
+    parser.set_defaults(ckpt=None, tolerance=1.0, convention="masksam")
     add = parser.add_argument
     add("name", choices=BASELINES)
     add("--data", required=True, help=files.COMMON_OPTIONS["data"]["help"])
     add("--prompts", required=True, metavar="gt|DIR", help="boxes of the true labels (gt) or label maps")
     add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
-    add("--box-margin", type=float, default=0.0, help="encoder pixels around a box (MedSAM's scripts: 20)")
     add("--output", help="folder (default: runs/<data>/predictions-<name>-boxes-<prompts>-<split>)")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: the one that the hardware has)")
     args = parser.parse_args(argv)
@@ -177,8 +168,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompts: found auto, expected gt or DIR, because these models make no boxes")
     if args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
         parser.error("--prompts: found the folder of --output, expected another: its files would be replaced")
-    if not 0 <= args.box_margin < np.inf:
-        parser.error(f"--box-margin: found {args.box_margin:g}, expected 0 or more pixels")
     return args
 
 
@@ -187,39 +176,34 @@ def run(args: argparse.Namespace) -> dict | None:
     source, cases = evaluate.find_cases(args, [])
     cases = layouts.with_box_source(cases, args.prompts)
     sam, sha256 = load_baseline(args.name, args.sam_checkpoint)
-    sam, modality, num_classes = sam.to(args.device), source.task.modality, len(source.task.labels)
-    made_with = {"baseline": args.name, "box_margin": args.box_margin, "sam_sha256": sha256}
-    settings = [made_with, modality, str(files.AMP_TYPES[args.amp])]
+    sam, num_classes = sam.to(args.device), len(source.task.labels)
+    made_with, suffix = {"baseline": args.name, "sam_sha256": sha256}, layouts.box_source_suffix(args.prompts)
 
     def description(case: layouts.Case) -> str:
+        settings = [made_with, source.task.modality, str(files.AMP_TYPES[args.amp])]
         key = data.file_key(settings, (*case.images, case.box_source))
         return f"{args.name}{evaluate.describe_box_source(args.prompts)} {key}"
 
     def predict(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
-        channels, geometries = zip(*map(nifti.read_image, case.images))
-        levels = [grey_levels(channel, modality) for channel in channels]
+        images, (geometry, *_) = zip(*map(nifti.read_image, case.images))
+        levels = list(map(grey_levels, np.concatenate(images), source.task.modality))
         pictures = np.mean(levels, axis=0, dtype=np.float32)  # Ours: all channels become one picture
-        box_labels, _ = nifti.read_label(case.box_source, num_classes)
-        label = predict_case(sam, BASELINES[args.name], pictures, box_labels, args.box_margin, args.amp)
-        return label, geometries[0]
+        box_labels, _ = nifti.read_label(case.box_source, num_classes, geometry)
+        return predict_case(sam, BASELINES[args.name], pictures, box_labels, args.amp), geometry
 
-    suffix = layouts.box_source_suffix(args.prompts)
-    name = f"{args.name}{suffix}" + (f"-margin{args.box_margin:g}" if args.box_margin else "")
-    folder = Path("runs") / source.name / f"predictions-{name}-{args.split}"
+    folder = Path("runs") / source.name / f"predictions-{args.name}{suffix}-{args.split}"
     paths = [Path(args.output or folder) / f"{case.name}.nii.gz" for case in cases]
     unlabelled = [dataclasses.replace(case, label=None) for case in cases]  # no truth is read before scoring
-    evaluate.predict_files(unlabelled, paths, num_classes, description, predict, args.workers)
+    evaluate.predict_files(unlabelled, paths, source.task, description, predict, args.workers)
     facts = made_with | {"prompts": args.prompts, "amp": args.amp}
     return evaluate.report(cases, paths, source, args, facts, suffix)
 
 
 def main(argv: list[str] | None = None) -> dict | None:
-    """Predict and score; a wrong file becomes one message. Return the results."""
+    """Predict and score. Return the results."""
     args = parse_arguments(argv)
-    try:
+    with files.one_sentence("baselines.py", args.debug):
         return run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"baselines.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ backward. On a CPU, compare CPU seconds and ratios, because other processes dist
 
     python -m tools.benchmark                          # the ACDC preset: parts, training step, prediction
     python -m tools.benchmark --sam mobile_sam --encoder 512 512 --json cost.json
-    python -m tools.benchmark --curve depth            # step and prediction over the depth, or over queries
+    python -m tools.benchmark --queries 32             # other sizes: --patch D H W, --encoder H W, --batch B
     python -m tools.benchmark --parameters             # table 5 for every backbone and every variant
 
     volume ── stem ── encoder ── prompt generator ── prompt encoder ── decoder ── costs of pairs ── matching
@@ -18,13 +18,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -33,11 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import label_map_to_segments
 from matcher import SetCriterion, pairwise_terms
 from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters
-from support.files import AMP_TYPES, autocast, default_amp, default_device, make_parser, write_text
+from support import files
 from support.presets import PRESETS, recipe
+from support.processes import peak_memory
 from support.sam import BACKBONES
 
-CURVES = {"depth": (1, 2, 4, 8), "queries": (4, 8, 16, 32)}  # Ours: the values of D and of N
 PARTS = ("sam", "stem", "encoder_adapters", "decoder_adapters", "prompt_generator", "tokens", "total")
 # Millions of trained and of frozen parameters, in table 5 and in the networks that the Release builds.
 PUBLISHED = {"paper": (14, 91), "release, ACDC (ViT-B)": (21.4, 93.7), "release, AMOS (ViT-H)": (66, 641)}
@@ -45,12 +43,10 @@ PUBLISHED = {"paper": (14, 91), "release, ACDC (ViT-B)": (21.4, 93.7), "release,
 
 def measure(run: Callable, device: torch.device, repeat: int) -> dict[str, float]:
     """Return gflop, the medians of seconds and cpu_seconds of `repeat` runs, and on a GPU the peak gib."""
-    on_gpu, times = device.type == "cuda", []
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
     with FlopCounterMode(display=False) as counter:
         run()  # this warms up too
-    if on_gpu:
-        run()  # once more, because torch.compile does nothing while the counter is on
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(repeat):
         wait()
@@ -60,7 +56,7 @@ def measure(run: Callable, device: torch.device, repeat: int) -> dict[str, float
         times.append((time.perf_counter() - began, time.process_time() - cpu_began))
     seconds, cpu_seconds = map(statistics.median, zip(*times))
     cost = {"gflop": counter.get_total_flops() / 1e9, "seconds": seconds, "cpu_seconds": cpu_seconds}
-    return cost | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if on_gpu else {})
+    return cost | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {})
 
 
 class Bench:
@@ -68,22 +64,22 @@ class Bench:
 
     def __init__(self, config: MaskSAMConfig, args: argparse.Namespace):
         torch.manual_seed(0)
-        self.args, self.device, self.rows = args, torch.device(args.device), {}
-        self.measure = functools.partial(measure, device=self.device, repeat=args.repeat)
+        self.args, self.device, (depth, *plane) = args, torch.device(args.device), config.patch_size
         self.model, self.criterion = MaskSAM(config).to(self.device), SetCriterion()
         self.model.gradient_checkpointing = args.checkpointing
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # the weights stay as they are
-        depth, *plane = config.patch_size
         self.volume = torch.randn(args.batch_size, config.num_channels, depth, *plane, device=self.device)
         labels = torch.randint(config.num_classes, (args.batch_size * depth, *plane), device=self.device)
         self.segments = label_map_to_segments(labels, config.num_classes)
-        if args.compile:
-            self.model.compile()
+
+    def measure(self, run: Callable) -> dict[str, float]:
+        """Call `measure` as the command line says."""
+        return measure(run, self.device, self.args.repeat)
 
     def step(self) -> None:
         """Make one training step, as train.py does."""
-        with autocast(self.device, self.args.amp):
+        with files.autocast(self.device, self.args.amp):
             outputs = self.model(self.volume)
         self.criterion(outputs, self.segments)[0].backward()
         self.optimizer.step()
@@ -91,28 +87,29 @@ class Bench:
 
     def predict(self) -> torch.Tensor:
         """Return the semantic maps of the batch."""
-        with autocast(self.device, self.args.amp):
+        with files.autocast(self.device, self.args.amp):
             return self.model.eval().predict(self.volume)
 
-    def part(self, name: str, call: Callable, *inputs) -> object:
-        """Measure a part's forward, then forward and backward from gradients of ones; return its outputs."""
-        with torch.no_grad(), autocast(self.device, self.args.amp):
-            outputs = call(*inputs)
-            self.rows[name] = self.measure(lambda: call(*inputs))
+    def rows(self) -> dict[str, dict]:
+        """Measure prediction and step, the parts of `MaskSAM.forward` in order, and SAM's own encoder."""
+        rows = {"prediction, step": self.measure(self.predict) | {"training": self.measure(self.step)}}
 
-        def forward_and_backward() -> None:
-            leaves = tree_map(lambda x: x.detach().requires_grad_(x.is_floating_point()), inputs)
-            with autocast(self.device, self.args.amp):
-                roots = [x for x in tree_leaves(call(*leaves)) if x is not None and x.requires_grad]
-            torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-            self.optimizer.zero_grad()
+        def part(name: str, call: Callable, *inputs) -> object:
+            with torch.no_grad(), files.autocast(self.device, self.args.amp):
+                outputs = call(*inputs)
+                rows[name] = self.measure(lambda: call(*inputs))
 
-        self.rows[name]["training"] = self.measure(forward_and_backward)
-        return outputs
+            def forward_and_backward() -> None:  # from gradients of ones
+                leaves = tree_map(lambda x: x.detach().requires_grad_(x.is_floating_point()), inputs)
+                with files.autocast(self.device, self.args.amp):
+                    roots = [x for x in tree_leaves(call(*leaves)) if x is not None and x.requires_grad]
+                torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+                self.optimizer.zero_grad()
 
-    def parts(self) -> dict[str, dict]:
-        """Measure the parts of `MaskSAM.forward` in their order, those of the loss, and SAM's own encoder."""
-        model, part = self.model, self.part
+            rows[name]["training"] = self.measure(forward_and_backward)
+            return outputs
+
+        model = self.model
         image = part("stem", model.stem, self.volume.transpose(1, 2).flatten(0, 1))
         neck, taps = part("encoder", model.encode, image)
         aux = part("prompt generator", model.prompt_generator, neck, taps)
@@ -121,9 +118,9 @@ class Bench:
         class_logits, mask_logits = part("decoder", model.decode, neck, image_pe, sparse, dense, tokens)
         outputs = {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
         terms = part("costs of all pairs", lambda outputs: pairwise_terms(outputs, self.segments), outputs)
-        self.rows["matching"] = self.measure(lambda: self.criterion.matcher(terms, self.segments.present))
+        rows["matching"] = self.measure(lambda: self.criterion.matcher(terms, self.segments.present))
         part("plain SAM: encoder", model.sam.image_encoder, image)
-        return self.rows
+        return rows
 
 
 def count(config: MaskSAMConfig) -> dict[str, dict[str, int]]:
@@ -145,28 +142,24 @@ def count(config: MaskSAMConfig) -> dict[str, dict[str, int]]:
     return rows
 
 
-def print_rows(rows: dict[str, dict]) -> None:
+def print_rows(rows: dict[str, dict], args: argparse.Namespace) -> None:
     """Print one line per part: the costs of forward, then those of forward and backward."""
     titles = [title for title in next(iter(rows.values())) if title != "training"]
     print(f"{'':24s}" + 2 * "".join(f"{title:>12s}" for title in titles) + "  (right half: with backward)")
     for name, row in rows.items():
         costs = [each[title] for each in (row, row.get("training", {})) for title in titles if each]
         print(f"{name:24s}" + "".join(f"{cost:12.3f}" for cost in costs))
-
-
-def print_gpu(step: dict[str, float], args: argparse.Namespace) -> None:
-    """Print the rates of a training step. Its arithmetic includes that of checkpointing."""
-    a = torch.randn(8192, 8192, device=args.device, dtype=torch.bfloat16)
-    product = measure(lambda: a @ a, a.device, 10)
-    peak, rate = (cost["gflop"] / cost["seconds"] / 1e3 for cost in (product, step))
-    patches = f"{1e3 * step['seconds']:.1f} ms, {args.batch_size / step['seconds']:.2f} patches/s"
-    share = f"{rate:.1f} TFLOP/s, {rate / peak:.1%} of a bf16 product of 8192 x 8192"
-    print(f"training step: {patches}, {step['gib']:.2f} GiB, {share}")
+    if "gib" in titles:  # the rates of a step, whose arithmetic includes that of checkpointing
+        a, step = torch.randn(8192, 8192, device=args.device).bfloat16(), rows["prediction, step"]["training"]
+        product = measure(lambda: a @ a, a.device, 10)
+        peak, rate = (cost["gflop"] / cost["seconds"] / 1e3 for cost in (product, step))
+        share = f"{rate:.1f} TFLOP/s, {rate / peak:.1%} of a bf16 product of 8192 x 8192"
+        print(f"training step: {args.batch_size / step['seconds']:.2f} patches/s, {share}")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; None stands for the value of the preset."""
-    parser = make_parser(__doc__, "device", device=default_device())
+    parser = files.make_parser(__doc__, "device", device=files.default_device())
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", choices=PRESETS, default="acdc", help="preset (default: %(default)s)")
     add("--sam", choices=BACKBONES, help="backbone (default: that of the preset)")
@@ -175,11 +168,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="input size of SAM")
     add("--queries", type=int, dest="num_queries", help="number of queries N")
     add("--batch", type=int, default=1, dest="batch_size", help="number of patches (default: %(default)s)")
-    add("--amp", choices=AMP_TYPES, help="autocast type (default: as in train.py)")
+    add("--amp", choices=files.AMP_TYPES, help="files.autocast type (default: as in train.py)")
     add("--checkpointing", action=switch, default=True, help="compute encoder blocks again in backward")
-    add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--repeat", type=int, default=3, help="number of runs of each part (default: %(default)s)")
-    add("--curve", choices=CURVES, help="measure step and prediction over it, instead of parts")
     add("--parameters", action="store_true", help="count parameters by component, instead of measuring")
     add("--json", help="file to write")
     return parser.parse_args(argv)
@@ -187,39 +178,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Measure and print as the command line says; return the rows."""
-    args.amp, args.sam = args.amp or default_amp(args.device), args.sam or PRESETS[args.data].sam
+    args.amp, args.sam = args.amp or files.default_amp(args.device), args.sam or PRESETS[args.data].sam
     preset, sizes = recipe(PRESETS[args.data], args.sam), ("patch_size", "encoder_size", "num_queries")
     vars(args).update(sizes := {name: getattr(args, name) or getattr(preset, name) for name in sizes})
     config = MaskSAMConfig(args.sam, args.variant, num_classes=len(preset.task.labels), **sizes)
     if args.parameters:
         return count(config)
-    rows = {}
-    for value in CURVES.get(args.curve, (None,)):
-        if args.curve == "depth":
-            config = dataclasses.replace(config, patch_size=(value, *config.patch_size[1:]))
-        elif args.curve:
-            config = dataclasses.replace(config, num_queries=value)
-        print(f"{args.device}, {args.amp}: {config}")
-        bench, name = Bench(config, args), f"{args.curve} {value}" if args.curve else "prediction, step"
-        rows[name] = bench.measure(bench.predict) | {"training": bench.measure(bench.step)}
-        if bench.device.type == "cuda":
-            print_gpu(rows[name]["training"], args)
-    rows |= {} if args.curve else bench.parts()
-    print_rows(rows)
-    print(f"{torch.get_num_threads()} threads, memory {getrusage(RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(f"{args.device}, {args.amp}, {torch.get_num_threads()} threads: {config}")
+    print_rows(rows := Bench(config, args).rows(), args)
+    print(f"memory: {peak_memory(torch.device(args.device)) / 2**30:.2f} GiB at most")
     return rows
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run the command; a wrong size becomes one message. Return the content of `--json`."""
+    """Run the command. Return the content of `--json`."""
     args = parse_arguments(argv)
-    try:
+    with files.one_sentence("benchmark.py", args.debug):
         results = {"rows": run(args), "arguments": vars(args), "torch": torch.__version__}
         if args.json:
-            write_text(Path(args.json), json.dumps(results, indent=1))
+            files.write_text(Path(args.json), json.dumps(results, indent=1))
         return results
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"benchmark.py: {error}") from error
 
 
 if __name__ == "__main__":

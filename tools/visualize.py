@@ -27,9 +27,9 @@ import evaluate
 from model import MaskSAM, load_checkpoint, semantic_map
 from prompt_generator import resize
 from support import layouts, nifti
-from support.files import COMMON_OPTIONS, make_parser
+from support.files import COMMON_OPTIONS, make_parser, one_sentence
 from support.metrics import known_mean
-from support.pictures import Picture, Query, draw_overlay, draw_queries
+from support.pictures import Picture, Query, draw_overlay, draw_queries, sides_of
 
 NUM_CASES = 3  # Ours: cases that "compare" draws by default
 
@@ -42,13 +42,14 @@ def find_queries(model: MaskSAM, patch: Tensor, index: int) -> tuple[list[Query]
     logits = resize(outputs["mask_logits"], patch.shape[-2:])  # (D, N, H, W)
     label_map = semantic_map(outputs["class_logits"], logits)[index].argmax(0).numpy()
     probabilities, class_ids = outputs["class_logits"][index].softmax(-1).max(-1)  # (N,) each
-    masks, aux_masks = logits[index].sigmoid(), outputs.get("aux_mask_logits")
-    found = []
-    for n in probabilities.argsort(descending=True).tolist():
-        if class_ids[n] < model.config.num_classes:  # the last class is "no object"
-            aux = None if aux_masks is None else aux_masks[index, n].sigmoid().numpy()
-            prompts = (boxes[index, n].numpy(), aux)
-            found.append(Query(n, int(class_ids[n]), float(probabilities[n]), *prompts, masks[n].numpy()))
+    masks, aux = logits[index].sigmoid().numpy(), [None] * len(class_ids)
+    if "aux_mask_logits" in outputs:
+        aux = outputs["aux_mask_logits"][index].sigmoid().numpy()
+    found = [
+        Query(n, int(class_ids[n]), float(probabilities[n]), boxes[index, n].numpy(), aux[n], masks[n])
+        for n in probabilities.argsort(descending=True).tolist()
+        if class_ids[n] < model.config.num_classes  # the last class is "no object"
+    ]
     return found, label_map
 
 
@@ -96,10 +97,12 @@ def draw(args, source: layouts.DataSource, cases: Sequence[layouts.Case], titles
         if case.label is None:
             raise ValueError(f"{name}: found no label file, expected a truth to compare with")
         image, place = nifti.read_image(case.images[0])
-        maps = {path: nifti.read_label(path, len(labels)) for path in (case.label, str(files[case]))}
-        for path, (_, own_place) in maps.items():
+        maps = []
+        for path in (case.label, str(files[case])):
+            label_map, own_place = nifti.read_label(path, len(labels), place)
             nifti.check_same_place(path, own_place, case.images[0], place)
-        pictures.append(Picture(title, image, *(label_map for label_map, _ in maps.values()), place.spacing))
+            maps.append(label_map)
+        pictures.append(Picture(title, image[0], *maps, place.spacing, sides_of(place.frame)))
     draw_overlay(pictures, labels, args.output, **options)
 
 
@@ -120,8 +123,8 @@ def sheet(args: argparse.Namespace) -> None:
         if not args.data:
             args.data, args.root = results["data"], args.root or results["root"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{type(error).__name__} {error}"
-        raise ValueError(f"{path}: found {found}, expected what evaluate.py writes; run it first") from error
+        found = "no scores" if path.exists() else "no such file"
+        raise ValueError(f"{path}: found {found}, expected those of evaluate.py; run it first") from error
     args.split, args.fold = "all", None
     source, known = evaluate.find_cases(args, [])
     cases = [find_case(known, name) for name in results["per_case"]]
@@ -130,11 +133,13 @@ def sheet(args: argparse.Namespace) -> None:
 
 def queries(args: argparse.Namespace) -> None:
     """Draw the prompts and the final masks of the queries in one slice of a case."""
-    model, content = load_checkpoint(args.ckpt, args.sam_checkpoint)
+    model, content = load_checkpoint(args.ckpt[0], args.sam_checkpoint)
     if model.config.given_boxes:
-        raise ValueError(f"{args.ckpt}: found a model that is given its boxes, expected one that makes them")
+        raise ValueError(
+            f"{args.ckpt[0]}: found a model that is given its boxes, expected one that makes them"
+        )
     plan = data.Plan.from_dict(content["plan"])
-    case = find_case(evaluate.find_cases(args, [content["arguments"]])[1], args.case[0])
+    case = find_case(evaluate.find_cases(args, [content])[1], args.case[0])
     prepared = data.prepare_case(case, plan)
     # Slices on the plan's grid and in the file: the plan may change their distance.
     depth, native_depth = len(prepared.image[0]), prepared.geometry.shape[0]
@@ -149,8 +154,13 @@ def queries(args: argparse.Namespace) -> None:
     spacing = [old if new is None else new for old, new in zip(prepared.geometry.spacing, plan.spacing)]
     title = f"{case.name}, slice {args.slice}" + (", truth unknown" if prepared.label is None else "")
     title += f"\nqueries: {len(found)}, left out as no object: {model.config.num_queries - len(found)}"
-    image, truth = patch[0, index, None].numpy(), label[index, None].numpy()
-    draw_queries(Picture(title, image, truth, label_map[None], spacing), found, plan.task.labels, args.output)
+    arrays, sides = (
+        (patch[0, index, None].numpy(), label[index, None].numpy(), label_map[None]),
+        prepared.geometry,
+    )
+    draw_queries(
+        Picture(title, *arrays, spacing, sides_of(sides.frame)), found, plan.task.labels, args.output
+    )
 
 
 # The commands, and the options that each of them needs.
@@ -159,12 +169,12 @@ COMMANDS = {compare: ("predictions", "data"), sheet: ("predictions",), queries: 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `command` becomes the function of that name."""
-    parser = make_parser(__doc__, "root", "fold", "sam-checkpoint")
+    parser = make_parser(__doc__, "root", "fold", "group", "sam-checkpoint")
     add, commands = parser.add_argument, {command.__name__: command for command in COMMANDS}
     add("command", choices=commands)
     add("--data", help=COMMON_OPTIONS["data"]["help"] + " (default: as in training, or as scored)")
     add("--predictions", help="compare, sheet: folder with label maps of evaluate.py or another program")
-    add("--ckpt", help="queries: checkpoint that train.py wrote")
+    add("--ckpt", nargs=1, metavar="FILE", help="queries: checkpoint that train.py wrote")
     add("--case", nargs="+", help="names of cases, one for queries (default: some of the split)")
     add("--slice", type=int, help="queries: slice of the file, from 0 (default: the one with most labels)")
     add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
@@ -177,12 +187,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw one picture; a wrong file or name becomes one message."""
+    """Draw one picture."""
     args = parse_arguments(argv)
-    try:
+    with one_sentence("visualize.py", args.debug):
         args.command(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"visualize.py: {error}") from error
     print(f"wrote {args.output}")
 
 
