@@ -323,7 +323,7 @@ def _read_dataset_json(root: Path) -> tuple[Task, dict]:
 
 def modality_of(channel: str) -> str:
     """Ours: one of nnU-Net's names, CT by a whole word of the channel's name, and MR for all others."""
-    known = {choice.lower(): choice for choice in MODALITIES} | {"zscore": "MR"}
+    known = {choice.lower(): choice for choice in MODALITIES}
     words = re.split(r"[\W_]+", channel.lower())
     is_ct = CT_WORDS.intersection(words) or "computed tomography" in " ".join(words)
     return known.get(channel.strip().lower(), "CT" if is_ct else "MR")
@@ -442,7 +442,7 @@ def _by_case(files: dict[str, str], num_channels: int, whole: bool = False) -> d
             wanted = " ".join(f"{name}_{channel:04d}.nii.gz" for channel in range(num_channels))
             way_out = f"if the numbers count cases, rename the files, for example to {name}-0001.nii.gz"
             raise ValueError(f"found {' '.join(own.values())} of {name}, expected {wanted}; {way_out}")
-    return {name: tuple(own[number] for number in sorted(own)) for name, own in cases.items()}
+    return {name: tuple(own.values()) for name, own in cases.items()}
 
 
 def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = False) -> list[Path]:

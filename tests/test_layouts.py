@@ -221,7 +221,7 @@ def test_a_pattern_overrides_the_guess_of_patients(tmp_path):
     assert [len(find_data(root, None, fold).splits["val"]) for fold in range(5)] == [2] * 5
     assert "10 cases are of 5 patients by the pattern ^(.)" in find_data(root).notes[-1]
     assert "10 cases are of 10 patients" in find_data(root, None, 0, "(.+)_x").notes[-1]
-    wrong = {"(": "no regular", "x": "0 groups", "(a)(.)": "2 groups", "(a)": "no match in b0_x"}
+    wrong = {"(": "no regular", "x": "0 groups", "(a)(.)": "2 groups", "(a)": "no match in b", "(.*?)": "no"}
     for group, found in wrong.items():
         refuses(re.escape(f"the pattern {group} (--group): found {found}"), find_data, root, None, 0, group)
     refuses(r"the pattern \(x\) \(--group\): found one patient, x", find_data, root, None, 0, "(x)")
@@ -229,6 +229,7 @@ def test_a_pattern_overrides_the_guess_of_patients(tmp_path):
     refuses("found the published split of acdc", find_data, "acdc", str(tmp_path / "acdc"), None, "(.)")
     (tmp_path / "splits_final.json").write_text('[{"train": ["a0_x", "b0_x"], "val": ["a1_x"]}]')
     assert "1 patients, such as a, are in train and in val." in find_data(root).notes
+    assert [layouts.patient_of(name) for name in ("ED", "a_ED", "aED_ES")] == ["ED", "a", "aED"]
     alone = folder(tmp_path / "alone", [f"x_v{i}" for i in range(5)])  # no guess: it leaves one patient
     assert len(find_data(alone).splits["val"]) == 1 and len(find_data(alone).notes) == 1
 
