@@ -62,10 +62,9 @@ def test_thick_slices_are_d_and_no_header_near_0_or_45_degrees_is_turned_otherwi
     assert np.array_equal(geometry.frame[:, :2], np.eye(3)[:, axes[:2]])
     assert np.linalg.det(geometry.frame) == pytest.approx(1)  # nothing is mirrored
     for about, angle in itertools.product(np.eye(3), range(-180, 180, 45)):
-        tilted = [
-            nib.affines.from_matvec(rotation(angle + more, about) @ aligned) for more in (-14, -1, 1, 14)
-        ]
-        assert len({nifti.Geometry.of(affine, (5, 6, 7)).turn.tobytes() for affine in tilted}) == 1, angle
+        tilted = [rotation(angle + more, about) @ aligned for more in (-14, -1, 1, 14)]
+        affines = map(nib.affines.from_matvec, tilted)
+        assert len({nifti.Geometry.of(affine, (5, 6, 7)).turn.tobytes() for affine in affines}) == 1, angle
 
 
 def test_a_label_at_45_degrees_follows_its_image(tmp_path):
@@ -82,11 +81,8 @@ def test_a_label_at_45_degrees_follows_its_image(tmp_path):
     assert len(turned) == 2  # without the image, rounding would decide
 
 
-def write(
-    path: Path | str, array, affine=None, kind=nib.Nifti1Image, sform=1, qform=1, order="<", **fields
-) -> str:
+def write(path, array, affine=THICK, kind=nib.Nifti1Image, sform=1, qform=1, order="<", **fields) -> str:
     """Write an image with chosen codes, byte order and header fields, also what nibabel would not write."""
-    affine = THICK if affine is None else affine
     header = kind.header_class(endianness=order)
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
@@ -187,83 +183,57 @@ def test_no_flipped_bit_in_a_gzip_stream_is_read(tmp_path):
         nifti.read_volume(str(path))
 
 
-# kind -> (file of the case, how it is spoilt, what is found). The voxels a are (x, y, z) = (12, 10, 8).
+# kind -> (how the image or the label is spoilt, what is found). The voxels a are (x, y, z) = (12, 10, 8).
 MALFORMED = {
-    "a slice less": ("label", lambda f, a: write(f, a[:, :, :-1]), "(D, H, W) = (7, 10, 12)"),
-    "half a voxel off": ("label", lambda f, a: write(f, a, THICK + 0.5 * SHIFT), "the affine"),
-    "left for right": ("label", lambda f, a: write(f, a, THICK * [-1, 1, 1, 1]), "the affine"),
-    "label 7": ("label", lambda f, a: write(f, a + np.uint8(7)), "the labels [7.0, 8.0, 9.0]"),
-    "label 1.02": ("label", lambda f, a: write(f, a * 1.02), "the labels [1.02, 2.04]"),
-    "label -32768": ("label", lambda f, a: write(f, a * np.int16(-32768)), "the labels [-32768.0]"),
-    "label NaN": ("label", lambda f, a: write(f, a * np.nan), "the labels [nan]"),
-    "two label maps": ("label", lambda f, a: write(f, np.stack([a, a], 3)), "2 channels"),
-    "NaN": ("image", lambda f, a: write(f, a * np.nan), "960 voxels of NaN or infinity"),
-    "beyond float32": ("image", lambda f, a: write(f, a + 1e300), "960 voxels of NaN"),
-    "2-D": ("image", lambda f, a: write(f, a[:, :, 0]), "shape (12, 10)"),
-    "five axes": ("image", lambda f, a: write(f, a[..., None, None].repeat(2, 4)), "shape (12, 10, 8, 1, 2)"),
-    "no slices": ("image", lambda f, a: write(f, a[:, :, :0]), "shape (12, 10, 0)"),
-    "complex": ("image", lambda f, a: write(f, a.astype(np.complex64)), "voxels of type complex64"),
-    "colours": ("image", lambda f, a: write(f, a, datatype=128, bitpix=24), "voxels of type RGB"),
-    "truncated": ("image", lambda f, a: f.write_bytes(f.read_bytes()[:-600]), "a truncated file"),
-    "garbage behind gzip": ("image", lambda f, a: f.write_bytes(f.read_bytes() + b"x"), "a damaged file"),
-    "garbage behind voxels": (
-        "image",
-        lambda f, a: write(f, a, dim=[3, 12, 10, 7, 1, 1, 1, 1]),
-        "bytes behind",
-    ),
-    "too little": ("image", lambda f, a: write(f, a, dim=[3, 12, 10, 9, 1, 1, 1, 1]), "a truncated file"),
-    "a claim": (
-        "image",
-        lambda f, a: write(f, a, dim=[3, 9999, 9999, 9999, 1, 1, 1, 1]),
-        "a truncated file, its",
-    ),
-    "an offset of 100": ("image", lambda f, a: write(f, a, vox_offset=100), "no readable NIfTI file"),
-    "half of a pair": ("image", lambda f, a: write(f, a, magic=b"ni1"), "no readable NIfTI file"),
-    "a web page": (
-        "label",
-        lambda f, a: f.write_bytes(gzip.compress(b"<html>" + 999 * b"404 ")),
-        "no readable NIfTI file",
-    ),
-    "no spacing": ("image", lambda f, a: write(f, a, srow_z=0, qform=0), "the affine"),
-    "affine NaN": ("image", lambda f, a: write(f, a, srow_x=np.nan, qform=0), "the affine"),
-    "kilometres": (
-        "image",
-        lambda f, a: write(f, a, xyzt_units=1),
-        "a spacing of [1500.0, 1500.0, 5000.0] mm",
-    ),
+    "label: a slice less": (lambda f, a: write(f, a[:, :, :-1]), "(D, H, W) = (7, 10, 12)"),
+    "label: half a voxel off": (lambda f, a: write(f, a, THICK + 0.5 * SHIFT), "the affine"),
+    "label: left for right": (lambda f, a: write(f, a, THICK * [-1, 1, 1, 1]), "the affine"),
+    "label: 7": (lambda f, a: write(f, a + np.uint8(7)), "the labels [7.0, 8.0, 9.0]"),
+    "label: 1.02": (lambda f, a: write(f, a * 1.02), "the labels [1.02, 2.04]"),
+    "label: -32768": (lambda f, a: write(f, a * np.int16(-32768)), "the labels [-32768.0]"),
+    "label: NaN": (lambda f, a: write(f, a * np.nan), "the labels [nan]"),
+    "label: two label maps": (lambda f, a: write(f, np.stack([a, a], 3)), "2 channels"),
+    "NaN": (lambda f, a: write(f, a * np.nan), "960 voxels of NaN or infinity"),
+    "beyond float32": (lambda f, a: write(f, a * np.float64(1e300)), "960 voxels of NaN"),
+    "2-D": (lambda f, a: write(f, a[:, :, 0]), "shape (12, 10)"),
+    "five axes": (lambda f, a: write(f, a[..., None, None].repeat(2, 4)), "shape (12, 10, 8, 1, 2)"),
+    "no slices": (lambda f, a: write(f, a[:, :, :0]), "shape (12, 10, 0)"),
+    "complex": (lambda f, a: write(f, a.astype(np.complex64)), "voxels of type complex64"),
+    "colours": (lambda f, a: write(f, a, datatype=128, bitpix=24), "voxels of type RGB"),
+    "truncated": (lambda f, a: f.write_bytes(f.read_bytes()[:-600]), "a truncated file"),
+    "garbage behind gzip": (lambda f, a: f.write_bytes(f.read_bytes() + b"x"), "a damaged file"),
+    "more voxels": (lambda f, a: write(f, a, dim=[3, 12, 10, 7, 1, 1, 1, 1]), "bytes behind the last"),
+    "fewer": (lambda f, a: write(f, a, dim=[3, 12, 10, 9, 1, 1, 1, 1]), "a truncated file, 3840 bytes"),
+    "a claim": (lambda f, a: write(f, a, dim=[3] + 3 * [9999] + 4 * [1]), "a truncated file, its"),
+    "an offset of 100": (lambda f, a: write(f, a, vox_offset=100), "no readable NIfTI file"),
+    "half of a pair": (lambda f, a: write(f, a, magic=b"ni1"), "no readable NIfTI file"),
+    "label: a web page": (lambda f, a: f.write_bytes(gzip.compress(999 * b"404 ")), "no readable NIfTI file"),
+    "no spacing": (lambda f, a: write(f, a, srow_z=0, qform=0), "the affine"),
+    "affine NaN": (lambda f, a: write(f, a, srow_x=np.nan, qform=0), "the affine"),
+    "1.5 m": (lambda f, a: write(f, a, xyzt_units=1), "a spacing of [1500.0, 1500.0, 5000.0] mm"),
 }
 REMARKS = {
-    "two forms": (
-        "image",
-        lambda f, a: write(f, a, qoffset_x=30),
-        "its sform and qform differ by up to 30 mm",
-    ),
-    "a zero sform": ("image", lambda f, a: write(f, a, **NO_ROWS), "one of its two forms has no three axes"),
-    "no form": ("image", lambda f, a: write(f, a, sform=0, qform=0), "no form has a code"),
-    "identity": ("image", lambda f, a: write(f, a, np.eye(4)), "its affine is the identity"),
-    "skew": ("image", lambda f, a: write(f, a, THICK + 0.01 * np.eye(4, k=1)), "its axes are not at right"),
-    "not zipped": (
-        "image",
-        lambda f, a: f.write_bytes(gzip.decompress(f.read_bytes())),
-        "the file is not comp",
-    ),
-    "constant": ("image", lambda f, a: write(f, a * 0), "all voxels of the image"),
-    "a label map": (
-        "image",
-        lambda f, a: write(f, a.astype(int) % 3),
-        "the image has only whole numbers from 0",
-    ),
-    "label 1.001": ("label", lambda f, a: write(f, a * 1.001), "its labels are not whole numbers"),
+    "two forms": (lambda f, a: write(f, a, qoffset_x=30), "its sform and qform differ by up to 30"),
+    "a zero sform": (lambda f, a: write(f, a, **NO_ROWS), "one of its two forms has no three axes"),
+    "no form": (lambda f, a: write(f, a, sform=0, qform=0), "no form has a code"),
+    "identity": (lambda f, a: write(f, a, np.eye(4)), "its affine is the identity"),
+    "skew": (lambda f, a: write(f, a, THICK + 0.01 * np.eye(4, k=1)), "its axes are not at right"),
+    "unzipped": (lambda f, a: f.write_bytes(gzip.decompress(f.read_bytes())), "the file is not comp"),
+    "constant": (lambda f, a: write(f, a * 0), "all voxels of the image"),
+    "a label map": (lambda f, a: write(f, a.astype(int) % 3), "the image has only whole numbers from 0"),
+    "label: 1.001": (lambda f, a: write(f, a * 1.001), "its labels are not whole numbers"),
 }
 
 
 @pytest.mark.parametrize("kind", [*MALFORMED, *REMARKS])
 def test_an_odd_file_is_refused_or_remarked_by_name(tmp_path, kind):
-    which, spoil, found = (MALFORMED | REMARKS)[kind]
+    spoil, found = (MALFORMED | REMARKS)[kind]
+    which = "label" if kind.startswith("label") else "image"
     root, path = decathlon(tmp_path, 1, affine=THICK), tmp_path / f"{which}sTr/case_0.nii.gz"
     spoil(path, np.asarray(nib.load(path).dataobj))
     image, label = (str(root / f"{folder}/case_0.nii.gz") for folder in ("imagesTr", "labelsTr"))
-    check = nifti.check_case(Case("x", (image,), label if kind in MALFORMED or which == "label" else None), 3)
+    with_label = kind in MALFORMED or which == "label"
+    check = nifti.check_case(Case("x", (image,), label if with_label else None), 3)
     (sentence,) = check.problems + check.remarks
     assert "\n" not in sentence and bool(check.problems) == (kind in MALFORMED)
     assert sentence.startswith(f"{path}: found {found}" if check.problems else f"{path}: {found}")
@@ -307,15 +277,12 @@ def test_a_check_reads_each_file_once_and_measures_all_channels(tmp_path, monkey
     ids = np.ones((4, 5, 3), np.uint8)
     one, two = write(tmp_path / "1.nii", values, THICK), write(tmp_path / "2.nii.gz", values[..., 0], THICK)
     label, other = write(tmp_path / "label.nii", ids), write(tmp_path / "other.nii", 0 * ids)
-    read_volume = nifti.read_volume
-    monkeypatch.setattr(
-        nifti, "read_volume", lambda path, *more: opened.append(path) or read_volume(path, *more)
-    )
+    read = nifti.read_volume
+    monkeypatch.setattr(nifti, "read_volume", lambda path, *more: opened.append(path) or read(path, *more))
     case = Case("x", (one, two), label, box_source=label)
     image, ids_read, geometry = nifti.check_case(case, 2, [other], lambda *found: found).measured
     assert np.array_equal(image, np.stack([*values.T, values[..., 0].T]).astype(np.float32))
-    assert (
-        np.array_equal(ids_read, ids.T) and geometry.shape == (3, 5, 4) and opened == [one, two, label, other]
-    )
+    assert np.array_equal(ids_read, ids.T) and geometry.shape == (3, 5, 4)
+    assert opened == [one, two, label, other]
     write(label, ids + 5)
     assert nifti.check_case(case, 2, measure=lambda *found: found).measured is None
