@@ -77,7 +77,8 @@ class Plan:
         data, task: name of the data set; its labels, channels, modality and flips.
         spacing: (D, H, W) in mm to which cases are resampled; D is None if every case keeps its slices.
         intensity: of each channel, (low, high, mean, deviation) for CT, None for others.
-        ranges: of each channel, the smallest and the largest of the training cases' percentiles.
+        ranges: of each channel, the lowest and the highest intensity of the training cases (percentiles), and
+            the narrowest and the widest range of a single case.
         decisions: sentences that tell what was decided for the user, and from what.
     """
 
@@ -85,7 +86,7 @@ class Plan:
     task: Task
     spacing: tuple[float | None, float, float]
     intensity: tuple[tuple[float, float, float, float] | None, ...]
-    ranges: tuple[tuple[float, float], ...] = ()
+    ranges: tuple[tuple[float, float, float, float], ...] = ()
     decisions: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
@@ -109,9 +110,9 @@ class Plan:
 
         Ours: far is a range ten times as wide or as narrow, or one that does not meet the training range.
         """
-        for name, (low, _, high), (least, most) in zip(self.task.channels, percentiles, self.ranges):
-            ratio = (high - low) / max(most - least, 1e-8)
-            if low > most or high < least or not 0.1 <= ratio <= 10:
+        for name, (low, _, high), known in zip(self.task.channels, percentiles, self.ranges):
+            least, most, narrow, wide = known
+            if low > most or high < least or not narrow / 10 <= high - low <= wide * 10:
                 expected = f"about {least:.5g} to {most:.5g} as in the training images"
                 return f"found intensities {low:.5g} to {high:.5g} of {name}, expected {expected}"
         return ""
@@ -185,13 +186,14 @@ def make_plan(source: DataSource, measured: Sequence[Measured]) -> Plan:
     for channel, modality in enumerate(task.modality):
         voxels = np.concatenate([each.foreground[channel] for each in measured])
         intensity.append(clip_and_scale(voxels) if modality == "CT" else None)
-        ends = np.array([each.percentiles[channel] for each in measured])
-        ranges.append((float(ends[:, 0].min()), float(ends[:, 2].max())))
+        low, _, high = np.array([each.percentiles[channel] for each in measured]).T  # (cases) each
+        ranges.append((low.min(), high.max(), (high - low).min(), (high - low).max()))
     task, spacing = (
         dataclasses.replace(task, flip_axes=flips),
         (None if task.keep_slices else depth, height, width),
     )
-    return Plan(source.name, task, spacing, tuple(intensity), tuple(ranges), tuple(decisions))
+    ranges = tuple(tuple(map(float, ends)) for ends in ranges)
+    return Plan(source.name, task, spacing, tuple(intensity), ranges, tuple(decisions))
 
 
 # Ours: a class keeps to one side if it does so in 90 % of the cases, by more than 2 % of the volume.
