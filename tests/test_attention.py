@@ -1,7 +1,5 @@
 """support/attention.py: both forms are SAM's own attention, with its gradients."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,12 +59,3 @@ def test_fused_widths_are_multiples_of_eight(h, w, c, monkeypatch):
     monkeypatch.setattr(F, name, lambda q, *rest, **o: widths.append(q.shape[-1]) or attend(q, *rest, **o))
     A.attend_fused(*(torch.randn(1, 2, h, w, width) for width in (c, c, c, h, w)))
     assert widths == [8 * -(-(c + h + w) // 8)]
-
-
-@pytest.mark.parametrize("form", ["fused", "rows"])
-def test_attention_makes_no_tensor_on_another_device(block, form, monkeypatch):
-    monkeypatch.setattr(A, "FUSED_DEVICES", ("meta",) if form == "fused" else ())
-    layer = copy.deepcopy(block.attn).to("meta")
-    x = torch.empty(2, 16, 20, 32, dtype=torch.float64, device="meta", requires_grad=True)
-    for window in (7, 0):
-        A.attention(layer, x, window).sum().backward()

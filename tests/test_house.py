@@ -4,6 +4,7 @@ python tests/test_house.py      prints the drawing of imports that stands in doc
 """
 
 import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -75,9 +76,8 @@ def places_of(mark: str) -> set[tuple[str, str]]:
     """(file, top-level symbol) around every remark with a mark; the file's own header counts as its stem."""
     places = set()
     for script in SCRIPTS:
-        text = script.read_text()
-        nodes = ast.parse(text).body
-        for number, line in enumerate(text.splitlines(), 1):
+        nodes = ast.parse(script.read_text()).body
+        for number, line in enumerate(script.read_text().splitlines(), 1):
             if re.search(rf"\b{mark}\b", line) and "MaskSAM (Ours)" not in line:
                 # A comment above a definition belongs to it: the first node that ends at or after the line.
                 node = next(node for node in nodes if node.end_lineno >= number)
@@ -108,17 +108,14 @@ def test_imports_point_down_only_and_in_no_circle():
         done |= ready
 
 
-def test_training_needs_matplotlib_only_when_it_draws():
+def test_training_needs_matplotlib_only_when_it_draws_and_the_model_is_met_at_once():
     for name in ("train", "evaluate", "data", "model"):
         top = ast.parse((ROOT / f"{name}.py").read_text()).body
         text = "\n".join(ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom))
         assert "pictures" not in text and "matplotlib" not in text, name
-
-
-def test_the_model_is_met_at_once():
-    nodes = ast.parse((ROOT / "model.py").read_text()).body
-    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-    assert next(iter(classes.values())).lineno < 60 and classes["MaskSAM"].end_lineno <= 250
+    classes = [node for node in top if isinstance(node, ast.ClassDef)]  # of model.py
+    mask_sam = next(node for node in classes if node.name == "MaskSAM")
+    assert classes[0].lineno < 60 and mask_sam.end_lineno <= 250
 
 
 def test_sizes_stay_within_the_budget():
@@ -157,21 +154,16 @@ def test_every_row_of_the_reading_map_has_code_and_a_test():
         assert True in files and False in files, row
 
 
-@pytest.mark.parametrize(
-    "symbol, section, figure",
-    [
-        ("VanillaAdapter", "2.4", "4"),
-        ("DepthMLPAdapter", "2.4", "4a"),
-        ("DepthConvAdapter", "2.4", "4b"),
-        ("EncoderBlockAdapters", "2.5", "4c"),
-        ("DecoderBlockAdapters", "2.6", "3c"),
-        ("PromptGenerator", "2.3", "3b"),
-    ],
-)
-def test_sections_and_figures_are_the_papers(symbol, section, figure):
+FIGURES = {"VanillaAdapter": "4", "DepthMLPAdapter": "4a", "DepthConvAdapter": "4b", "PromptGenerator": "3b"}
+FIGURES |= {"EncoderBlockAdapters": "4c", "DecoderBlockAdapters": "3c"}
+SECTIONS = {"EncoderBlockAdapters": "2.5", "DecoderBlockAdapters": "2.6", "PromptGenerator": "2.3"}
+
+
+@pytest.mark.parametrize("symbol", FIGURES)
+def test_sections_and_figures_are_the_papers(symbol):
     row = next(line for line in PAGES["reading-map.md"].splitlines() if f"::{symbol}" in line)
     first = row.split("|")[1]
-    assert section in first and re.search(rf"fig\. {figure}\b", first), row
+    assert SECTIONS.get(symbol, "2.4") in first and re.search(rf"fig\. {FIGURES[symbol]}\b", first), row
 
 
 def test_the_list_of_files_says_every_file_with_its_lines():
@@ -179,8 +171,7 @@ def test_the_list_of_files_says_every_file_with_its_lines():
     for name in TOP:
         lines = (ROOT / f"{name}.py").read_text().count("\n")
         assert abs(int(listed[f"{name}.py"]) - lines) <= 10, (name, lines)
-    missing = [name_of(s) for s in SCRIPTS if s.stem not in PAGES["README.md"]]
-    assert not missing
+    assert not [name_of(script) for script in SCRIPTS if script.stem not in PAGES["README.md"]]
 
 
 def test_one_table_of_letters():
@@ -201,20 +192,15 @@ def commands() -> list[tuple[str, list[str]]]:
     """(script, arguments) of every command in a code block of a page and in a script's header."""
     blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     blocks += [ast.get_docstring(ast.parse(script.read_text())) or "" for script in SCRIPTS]
-    found = []
-    for line in "\n".join(blocks).splitlines():
-        if match := re.search(
-            r"\b(?:python3?|torchrun(?: --\S+)*) (?:-m )?(tools\.\w+|data\.py|train\.py|evaluate\.py)(.*)",
-            line,
-        ):
-            arguments = re.split(r"\s{3,}|#|&&", match[2].replace("\\", ""))[0]
-            found.append((match[1], shlex.split(arguments.replace("|", " "))))
-    return found
+    script = r"\b(?:python3?|torchrun(?: --\S+)*) (?:-m )?(tools\.\w+|data\.py|train\.py|evaluate\.py)(.*)"
+    return [
+        (name, shlex.split(re.split(r"\s{3,}|#|&&", rest.replace("\\", ""))[0].replace("|", " ")))
+        for name, rest in re.findall(script, "\n".join(blocks))
+    ]
 
 
 def parser_of(script: str):
-    module = __import__(script.removesuffix(".py"), fromlist=["parse_arguments"])
-    return module.parse_arguments
+    return importlib.import_module(script.removesuffix(".py")).parse_arguments
 
 
 def test_commands_of_pages_and_headers_are_understood():

@@ -10,8 +10,7 @@ from scipy import ndimage
 from support import metrics
 
 SPACINGS = pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.7, 1.3)], ids=str)
-NAMES = ("background", "RV", "Myo", "LV")
-NAN = np.nan
+NAMES, NAN = ("background", "RV", "Myo", "LV"), np.nan
 
 
 def blobs(seed, shape=(7, 14, 12), num_classes=4):
@@ -66,8 +65,8 @@ def test_distances_and_nsd_equal_monai(spacing):
         theirs = peer.compute_hausdorff_distance(*hot, percentile=percentile, spacing=spacing)[0]
         for k in range(1, 4):
             edges = [metrics._surface(labels == k) for labels in maps]
-            ways = [metrics._nearest_distances(*pair, spacing) for pair in (edges, edges[::-1])]
-            ours = max(np.percentile(way, percentile) for way in ways)
+            pooled, first = metrics._distances(edges, spacing), np.count_nonzero(edges[0])
+            ours = max(np.percentile(way, percentile) for way in (pooled[:first], pooled[first:]))
             assert ours == pytest.approx(theirs[k - 1].item(), rel=rounding)
 
 
@@ -148,8 +147,8 @@ def test_means_are_over_cases_first_and_then_over_the_scored_classes():
 def test_the_interval_is_the_bootstrap_over_cases():
     scores = random_scores(0, 12)
     results = metrics.summarize(scores, NAMES, scored=(3, 1))
-    table, means = np.array([scores[case]["hd95"][[2, 0]] for case in scores]), []
-    table = table[[not np.isnan(row).all() for row in table]]
+    table, means = np.array([case["hd95"][[2, 0]] for case in scores.values()]), []
+    table = table[~np.isnan(table).all(1)]
     for draw in np.random.default_rng(0).integers(len(table), size=(1000, len(table))):
         columns = [[value for value in column if not np.isnan(value)] for column in table[draw].T]
         means.append(np.mean([np.mean(column) for column in columns if column]))
@@ -162,25 +161,22 @@ def test_the_table_shows_the_scored_classes_in_their_order_and_the_others_below(
         case["presence"] = np.array([3, 1, 2, 3], np.uint8)
     results = metrics.summarize(scores, (*NAMES, "aorta"), scored=(4, 1))
     metrics.print_table(results | {"tolerance_mm": 2.0})
-    lines = capsys.readouterr().out.splitlines()
-    assert " ".join(lines[0].split()) == "class Dice worst best HD95 mm NSD 2 mm cases missed false"
-    assert " ".join(line.split()[0].strip("-") for line in lines[1:]) == "aorta RV  Myo LV  mean 95 to"
-    dice = [case["dice"][3] for case in scores.values()]
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert " ".join(header.split()) == "class Dice worst best HD95 mm NSD 2 mm cases missed false"
+    assert " ".join(line.split()[0].strip("-") for line in lines) == "aorta RV  Myo LV  mean 95 to"
+    dice, means = [case["dice"][3] for case in scores.values()], results["per_class"]["aorta"]
     expected = [f"{x:.4f}" for x in (np.mean(dice), min(dice), max(dice))]
-    means = results["per_class"]["aorta"]
-    assert lines[1].split()[1:] == [*expected, f"{means['hd95']:.2f}", f"{means['nsd']:.4f}", "6", "0", "0"]
-    assert lines[4].split()[-3:] == ["6", "6", "0"] and lines[5].split()[-3:] == ["6", "0", "6"]
+    assert lines[0].split()[1:] == [*expected, f"{means['hd95']:.2f}", f"{means['nsd']:.4f}", "6", "0", "0"]
+    assert lines[3].split()[-3:] == ["6", "6", "0"] and lines[4].split()[-3:] == ["6", "0", "6"]
     hd95 = [results["mean"]["hd95"], *results["interval"]["hd95"]]
     assert [line.split()[-2] for line in lines[-3:]] == [f"{value:.2f}" for value in hd95]
-
-
-def test_the_table_leaves_out_unscored_columns_and_warns_of_conventions_and_given_boxes(capsys):
     results = metrics.summarize({"a": {"dice": np.array([0.5, NAN, 1])}}, NAMES)
     metrics.print_table(results | {"convention": "nnformer", "prompts": "gt", "baseline": "sam"})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["class", "Dice", "worst", "best", "cases"]
-    assert lines[2].split() == ["Myo", "-", "-", "-", "0"] and lines[5].split() == ["mean", "0.7500"]
-    assert lines[6] == "Not automatic: sam was given the boxes of the truth." and "never compare" in lines[7]
+    header, _, myo, _, _, mean, *warnings = capsys.readouterr().out.splitlines()
+    assert header.split() == ["class", "Dice", "worst", "best", "cases"]
+    assert myo.split() == ["Myo", "-", "-", "-", "0"] and mean.split() == ["mean", "0.7500"]
+    assert warnings[0] == "Not automatic: sam was given the boxes of the truth." and len(warnings) == 2
+    assert "never compare" in warnings[1]
 
 
 def test_files_say_what_the_results_say_with_nan_as_null_and_as_an_empty_cell(tmp_path):

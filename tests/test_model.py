@@ -18,6 +18,7 @@ import model as M
 from matcher import Segments, SetCriterion, pairwise_terms
 from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters, semantic_map
 from networks import labels_to_segments, task, tiny, wake, wake_sam
+from support import attention
 from support.sam import BACKBONES, modeling
 from support.tiny_vit import TransformerBlock
 
@@ -347,9 +348,13 @@ def test_all_of_sam_is_frozen_and_the_acdc_preset_tunes_about_14_million():
     assert kept == sum(p.numel() for p in net.sam.parameters()) and counts["classifier"] == [256 * 5 + 5, 0]
 
 
-@pytest.mark.parametrize("sam, given_boxes", [("tiny", True), ("mobile_sam", False)])
-def test_a_step_makes_no_tensor_on_another_device(sam, given_boxes, monkeypatch):
+PLACES_OF_TENSORS = [("tiny", True, ()), ("tiny", False, ("meta",)), ("mobile_sam", False, ())]
+
+
+@pytest.mark.parametrize("sam, given_boxes, fused", PLACES_OF_TENSORS)
+def test_a_step_makes_no_tensor_on_another_device(sam, given_boxes, fused, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(attention, "FUSED_DEVICES", fused)  # both forms of SAM's attention
     with torch.device("meta"):
         net = tiny(sam=sam, given_boxes=given_boxes).to("meta")  # SAM makes its pixel statistics on the CPU
     volume, segments = (boxes_task if given_boxes else task)(tiny())

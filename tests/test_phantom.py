@@ -36,20 +36,19 @@ def test_a_contracting_heart_in_its_anatomy_that_thresholds_fitted_on_the_truth_
         assert set(np.unique(label[ndimage.binary_dilation(label == 3, in_plane)])) == {2, 3}
     pools = [(label == 3).sum() for _, label in frames]
     assert all(systole < 0.75 * diastole for diastole, systole in zip(pools[::2], pools[1::2]))
-    phantom.write_phantom(tmp_path / "same", 1, seed=0)
-    phantom.write_phantom(tmp_path / "other", 1, seed=1)
-    first, same, other = (
-        nifti.read_volume(f"{tmp_path}/{name}/training/patient001/patient001_frame01.nii.gz")[0]
-        for name in ("set", "same", "other")
-    )
+    for seed in (0, 1):
+        phantom.write_phantom(tmp_path / str(seed), 1, seed)
+    file = "training/patient001/patient001_frame01.nii.gz"
+    first, same, other = (nifti.read_volume(f"{tmp_path / name}/{file}")[0] for name in ("set", "0", "1"))
     assert np.array_equal(first, same) and not np.array_equal(first, other)
 
 
 def test_the_folder_is_whole_or_not_there_and_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
-    with pytest.raises(SystemExit, match="expected a new or an empty folder"):
-        phantom.main([str(tmp_path / "mine")])
+    for argument, message in ((str(tmp_path / "mine"), "expected a new or an empty folder"), ("--help", "0")):
+        with pytest.raises(SystemExit, match=message):
+            phantom.main([argument])
     with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
         context.setattr(phantom.np, "diag", lambda _: 1 / 0)  # fails within the first patient
         phantom.write_phantom(tmp_path / "set", 1)
