@@ -17,8 +17,9 @@ import data
 import evaluate
 from model import MaskSAMConfig, build_model, checkpoint_content
 from support import layouts, metrics, nifti, phantom
-from support.checkpoints import write_checkpoint
-from volumes import plan_for, save, write_tree
+from support.checkpoints import read_checkpoint, write_checkpoint
+from support.planning import Plan
+from volumes import plan_for, planned, save, write_tree
 
 QUICK = ["--overlap", "0", "--no-mirror", "--amp", "off", "--output"]
 
@@ -63,7 +64,7 @@ def fake(patch_size, scores):
 
 
 def empty(shape, grid):
-    return data.Prepared(np.zeros((1, *shape), np.float32), None, nifti.Geometry(np.eye(4), grid, (1, 1, 1)))
+    return data.Prepared(np.zeros((1, *shape), np.float32), None, nifti.Geometry.of(np.eye(4), grid[::-1]))
 
 
 def test_mirroring_averages_the_flips_along_its_axes_alone():
@@ -96,7 +97,7 @@ def test_the_largest_component_of_each_named_class_is_kept():
     assert [evaluate.class_ids(given, names) for given in (None, [], ["Myo"])] == [[], [1, 2], [2]]
 
 
-def checkpoint(path, plan: data.Plan, arguments: dict, patch=(4, 32, 32), queries=4, seed=0) -> None:
+def checkpoint(path, plan, arguments: dict, patch=(4, 32, 32), queries=4, seed=0, train=()) -> None:
     """An untrained model, but with queries of different classes whose masks differ from place to place."""
     torch.manual_seed(seed)
     sizes = {"patch_size": patch, "encoder_size": (32, 32), "num_queries": queries, "num_channels": 1}
@@ -106,6 +107,7 @@ def checkpoint(path, plan: data.Plan, arguments: dict, patch=(4, 32, 32), querie
         torch.nn.init.normal_(model.class_tokens, std=5)
         model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
     content = checkpoint_content(model, sam, plan.as_dict()) | {"epoch": 7, "arguments": arguments}
+    content["cases"] = {"train": list(train), "val": []}
     write_checkpoint(path, content)
 
 
@@ -117,7 +119,7 @@ def trained(tmp_path_factory) -> tuple[str, str]:
     phantom.write_phantom(root, num_patients=5, seed=3)
     for file in root.rglob("*.nii.gz"):
         save(file, array(file)[16:80:2, 24:72:2, :5], np.diag([3, 3, 8, 1]))
-    plan = data.make_plan(layouts.find_data("phantom", str(root)))
+    plan = planned(layouts.find_data("phantom", str(root)))
     checkpoint(path, plan, {"data": "phantom", "root": str(root)})
     return str(root), str(path)
 
@@ -220,18 +222,46 @@ def test_a_stopped_prediction_goes_on_and_another_question_is_answered_anew(trai
 
 def test_checkpoints_of_other_folds_are_averaged_on_the_test_split_alone(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = data.make_plan(layouts.find_data("phantom", trained[0]))
+    plan = planned(layouts.find_data("phantom", trained[0]))
     for fold in (0, 1):
-        checkpoint(f"{fold}.pt", plan, {"data": "phantom", "root": trained[0], "fold": fold}, seed=fold)
+        train = [case.name for case in layouts.find_data("phantom", trained[0], fold).splits["train"]]
+        arguments = {"data": "phantom", "root": trained[0], "fold": fold}
+        checkpoint(f"{fold}.pt", plan, arguments, seed=fold, train=train)
     results = evaluate.main(["--ckpt", "0.pt", "1.pt", "--split", "test", *QUICK, "both"])
     alone = evaluate.main(["--ckpt", "0.pt", "--split", "test", *QUICK, "alone"])
     assert results["checkpoint"] == ["0.pt", "1.pt"] and results["per_case"] != alone["per_case"]
     assert alone["fold"] == 0  # as it was trained
-    with pytest.raises(SystemExit, match="found folds .*, trained on each other's cases"):
+    with pytest.raises(SystemExit, match="1.pt: found 2 of 2 cases that it was trained with"):
         evaluate.main(["--ckpt", "0.pt", "1.pt", "--split", "val"])
     checkpoint("2.pt", plan_for(3), {})
     with pytest.raises(SystemExit, match="2.pt: found task .*class 1.*, expected .*RV.* as in 0.pt"):
         evaluate.main(["--ckpt", "0.pt", "2.pt", "--split", "test"])
+
+
+def test_cases_of_the_training_are_never_scored_as_unseen_and_folders_are_not_mixed(
+    trained, tmp_path, capsys
+):
+    root, path = trained[0], str(tmp_path / "best.pt")
+    source = layouts.find_data("phantom", root)
+    names = [case.name for case in source.splits["train"]]
+    for copy in (path, str(tmp_path / "other.pt")):
+        checkpoint(copy, planned(source), {"data": "phantom", "root": root}, train=names)
+    held_out = {case.name for case in layouts.find_data("phantom", root, fold=1).splits["val"]} & set(names)
+    assert held_out
+    with pytest.raises(
+        SystemExit, match=f"best.pt: found {len(held_out)} of . cases that it was trained with"
+    ):
+        evaluate.main(["--ckpt", path, "--fold", "1"])
+    evaluate.main(["--ckpt", path, "--split", "train", "--no-mirror"])
+    assert f"remark: {path}: found {len(names)} of {len(names)} cases" in capsys.readouterr().out
+    evaluate.main(["--ckpt", path, str(tmp_path / "other.pt"), "--no-mirror"])
+    folders = sorted(folder.name for folder in tmp_path.glob("predictions*"))
+    assert re.fullmatch("predictions-2models-[0-9a-f]{8}-val predictions-train", " ".join(folders))
+    content = read_checkpoint(path)
+    case = source.splits["val"][0]
+    model = fake((2, 8, 8), torch.tensor([0.5, torch.nan, 0.1, 0.1]).reshape(4, 1, 1, 1))
+    with pytest.raises(ValueError, match="found scores that are not numbers"):
+        evaluate.predict_case([model], [data.prepare_case(case, Plan.from_dict(content["plan"]))])
 
 
 def test_another_programs_files_are_scored_with_the_same_rules(trained, tmp_path):
@@ -243,7 +273,7 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained, tmp_path
         save(file, np.asarray(turned.dataobj).copy(), turned.affine)
     label, affine = array(cases[0].label), nib.load(cases[0].label).affine
     save(first, label + 3, affine)
-    with pytest.raises(SystemExit, match=f"(?s)1 problems, nothing was scored.*{first}: found the labels"):
+    with pytest.raises(SystemExit, match=f"(?s)1 problems.*{first}: found the labels"):
         evaluate.main(arguments)
     save(first, np.where(label == 1, 0, label).astype(np.float64), affine)  # no RV
     results = evaluate.main(arguments)
@@ -260,7 +290,7 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained, tmp_path
     ("--ckpt nowhere.pt", "nowhere.pt: found no such file"),
     ("--ckpt CKPT --overlap 1", "--overlap: found 1.0"),
     ("--ckpt CKPT --largest-component heart", "--largest-component: found heart, expected of RV, Myo, LV"),
-    ("--ckpt CKPT --input in --output out", "(?s)nothing was predicted.*in/a.nii.gz: found 1 voxels of NaN"),
+    ("--ckpt CKPT --input in --output out", "(?s)1 problems.*in/a.nii.gz: found 1 voxels of NaN"),
     ("--ckpt a --predictions b", "expected either --ckpt FILE or --predictions DIR"),
     ("--predictions b", "--predictions needs --data"),
     ("--predictions b --data acdc --input c", "--input and --submission belong to --ckpt"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import data
+import volumes
 from support import layouts, nifti
 from support.planning import Plan, decide_flips, make_plan, survey
 from volumes import decathlon, save, spaced
@@ -23,8 +24,7 @@ NAMINGS = (
 
 
 def planned(root, **choices) -> Plan:
-    source = layouts.find_data(str(root), **choices)
-    return make_plan(source, [*survey(source.splits["train"], source.task).values()])
+    return volumes.planned(layouts.find_data(str(root), **choices))
 
 
 @pytest.mark.parametrize("modality", ["MRI", "CT"])

@@ -57,6 +57,11 @@ def plan_for(labels=3, spacing=(1.0, 1.0, 1.0), intensity=None, flip_axes=(), ch
     return data.Plan("x", Task(names, channels, (kind,) * len(channels), flip_axes), spacing, intensity)
 
 
+def planned(source) -> data.Plan:
+    """Return the plan of a data set, which must have no problem."""
+    return data.make_plan(source, [*data.survey(source.splits["train"], source.task).values()])
+
+
 def one_hot(label: np.ndarray, classes: int) -> torch.Tensor:
     return F.one_hot(torch.from_numpy(label).long(), classes).permute(3, 0, 1, 2).float()
 
