@@ -98,7 +98,7 @@ def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
         if not all(isinstance(word, str) for word in where[name]) or isinstance(where[name], str):
             yield f"{name} that are not names"
     if (len(task["labels"]), len(task["channels"])) != (config["num_classes"], config["num_channels"]):
-        yield f"a model of other numbers than {len(task['labels'])} classes, {len(task['channels'])} channels,"
+        yield f"a model of other numbers than {len(task['labels'])} classes, {len(task['channels'])} channels"
     if not isinstance(content["sam"].get("sha256", 0), (str, type(None))):
         yield "no sha256 of SAM's file"
     for name, tensor in content["state"].items():

@@ -105,7 +105,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick,
         run(root, "parts", *SCHEDULE, *more, "--resume")  # There is nothing yet.
     assert end.value.code == 128 + number if number else "a power cut" in end.value.code
     log, last = run(root, "parts", *SCHEDULE, *more, "--resume")
-    assert len(calls) == {"train_step": 7 - bool(number), "validate": 4, "score_case": 8}[where]
+    assert len(calls) == {"train_step": 7 - bool(number), "validate": 4, "score_case": 7}[where]
     assert [*map(losses, log)] == [*map(losses, whole[1])]
     assert all(torch.equal(value, last["state"][key]) for key, value in whole[2]["state"].items())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -1,0 +1,63 @@
+"""One run per folder, signals, and memory on systems that measure it in another way."""
+
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support import processes
+
+
+def test_a_folder_belongs_to_one_process_until_it_dies(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    ready, never = fork.Event(), fork.Event()
+
+    def hold() -> None:
+        held = processes.lock(tmp_path / "run")
+        ready.set()
+        never.wait()
+        held.close()
+
+    other = fork.Process(target=hold)
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(ValueError, match=f"run: found a run of process {other.pid}, expected none: wait for"):
+        processes.lock(tmp_path / "run")
+    other.kill()
+    other.join()
+    with processes.lock(tmp_path / "run"):
+        assert (tmp_path / "run/lock").read_text() == str(os.getpid())
+
+
+def test_the_first_signal_is_noted_and_the_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT)
+    with processes.catch_signals() as signals:
+        assert signals.number == 0
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert signals.number == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_systems_measure_memory_in_bytes_or_not_at_all(monkeypatch):
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=3))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    for system, size in (("linux", 3072), ("darwin", 3)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert processes.peak_memory(torch.device("cpu")) == size
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(processes.peak_memory(torch.device("cpu")))
+
+
+def test_one_device_for_several_processes_is_refused(monkeypatch):
+    assert processes.join("cuda:0") == processes.Processes(0, 0, 1, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="--device: found cuda:0, expected cuda: each of 2 processes has its"
+    ):
+        processes.join("cuda:0")
