@@ -147,9 +147,7 @@ def label_of(scores: Tensor) -> Tensor:
     """Return the class of the largest score, (K, n, H, W) -> (n, H, W) uint8 on the CPU. ValueError: NaN."""
     largest, label = scores.max(0)
     if not torch.isfinite(largest.sum()):  # The maximum of numbers with a NaN is NaN.
-        raise ValueError(
-            "found scores that are not numbers, expected a checkpoint of a training that went well"
-        )
+        raise ValueError("found scores that are not numbers, expected an image and weights that are")
     return label.to(torch.uint8).cpu()
 
 
@@ -170,7 +168,7 @@ def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.nd
 
 def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, *options) -> dict:
     """Predict a case and return its Dice, for `metrics.summarize`. Options: device, amp and mirror_axes."""
-    truth, _ = nifti.read_label(case.label, model.config.num_classes)
+    truth, _ = nifti.read_label(case.label, model.config.num_classes, prepared.geometry)
     prediction = predict_case([model], [prepared], *options)
     return {"dice": metrics.dice_per_class(prediction, truth, model.config.num_classes)}
 
@@ -192,12 +190,10 @@ def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layo
     for path, content in zip(args.ckpt or (), contents):
         known = content["cases"]["train"] if content["plan"]["data"] == source.name else ()
         if seen := [case.name for case in cases if case.name in known]:
-            found = (
-                f"{path}: found {len(seen)} of {len(cases)} cases that it was trained with, such as {seen[0]}"
-            )
+            found = f"found {len(seen)} of {len(cases)} cases that it was trained with, such as {seen[0]}"
             if args.split not in ("train", "all"):
-                raise ValueError(f"{found}; expected the fold of its training, or --split all")
-            print(f"remark: {found}")
+                raise ValueError(f"{path}: {found}; expected the fold of its training, or --split all")
+            print(f"remark: {path}: {found}")
     return source, cases
 
 
@@ -207,7 +203,7 @@ def predict_files(
     task: Task,
     description: Callable,
     predict: Callable,
-    workers: int,
+    workers=1,
     plan=None,
 ) -> None:
     """Predict the cases that are not done yet. ValueError: an image is wrong; then nothing is written.
@@ -344,12 +340,8 @@ def predict(args: argparse.Namespace) -> dict | None:
     for model in models:
         model.to(device)
     suffix = layouts.box_source_suffix(args.prompts)
-    if not (output := args.output):
-        output = (
-            Path(args.ckpt[0]).parent
-            / f"predictions{suffix}{differences(args, contents, source)}-{args.split}"
-        )
-    output = Path(output)
+    middle = "" if args.output else differences(args, contents, source)
+    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions{suffix}{middle}-{args.split}")
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
     paths = [output / f"{name}.nii.gz" for name in names]
     predict_files(cases, paths, task, description, predict_one, args.workers, plans[0])
@@ -362,15 +354,13 @@ def predict(args: argparse.Namespace) -> dict | None:
 
 def differences(args: argparse.Namespace, contents: Sequence[dict], source: layouts.DataSource) -> str:
     """Return the middle of the name of a folder for predictions: all that is not as in the training."""
-    first, parts = contents[0], []
-    if source.name != first["plan"]["data"]:
-        parts.append(source.name)
-    if args.fold != first["arguments"].get("fold"):
-        parts.append(f"fold{args.fold}")
-    if len(args.ckpt) > 1:
-        together = hashlib.sha256("\n".join(map(os.path.abspath, args.ckpt)).encode()).hexdigest()
-        parts.append(f"{len(args.ckpt)}models-{together[:8]}")
-    return "".join(f"-{part}" for part in parts)
+    together = hashlib.sha256("\n".join(map(os.path.abspath, args.ckpt)).encode()).hexdigest()[:8]
+    parts = {
+        f"-{source.name}": source.name != contents[0]["plan"]["data"],
+        f"-fold{args.fold}": args.fold != contents[0]["arguments"].get("fold"),
+        f"-{len(args.ckpt)}models-{together}": len(args.ckpt) > 1,
+    }
+    return "".join(part for part, applies in parts.items() if applies)
 
 
 def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layouts.DataSource | None) -> None:
