@@ -216,6 +216,7 @@ MALFORMED = {
 REMARKS = {
     "two forms": (lambda f, a: write(f, a, qoffset_x=30), "its sform and qform differ by up to 30"),
     "a zero sform": (lambda f, a: write(f, a, **NO_ROWS), "one of its two forms has no three axes"),
+    "a broken qform": (lambda f, a: write(f, a, quatern_b=2), "one of its two forms has no three axes"),
     "no form": (lambda f, a: write(f, a, sform=0, qform=0), "no form has a code"),
     "identity": (lambda f, a: write(f, a, np.eye(4)), "its affine is the identity"),
     "skew": (lambda f, a: write(f, a, THICK + 0.01 * np.eye(4, k=1)), "its axes are not at right"),
