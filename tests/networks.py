@@ -26,10 +26,8 @@ def wake_sam(module: nn.Module) -> nn.Module:
             value.normal_(std=0.1)
         elif name.endswith("running_var"):
             value.uniform_(0.2, 0.5)
-        elif "norm" in name or name.endswith(
-            ("bn.weight", "bias", "biases")
-        ):  # then a padded token is not zero
-            value.add_(0.3 * torch.randn_like(value))
+        elif "norm" in name or name.endswith(("bn.weight", "bias", "biases")):
+            value.add_(0.3 * torch.randn_like(value))  # then a padded token is not zero
     return module
 
 

@@ -97,10 +97,7 @@ def test_pairwise_terms_equal_one_pair_at_a_time_in_float32_whatever_autocast_le
     assert {term.dtype for term in (*terms.values(), *half.values())} == {torch.float32}
     outputs["mask_logits"] = torch.full((4, 4, 3, 4), 1e4)  # confident logits do not overflow
     assert all(term.isfinite().all() for term in pairwise_terms(outputs, segments).values())
-    for part, prefix in (
-        ("aux_mask_logits", "aux_mask"),
-        ("aux_boxes", "box"),
-    ):  # a variant makes no such part
+    for part, prefix in (("aux_mask_logits", "aux_mask"), ("aux_boxes", "box")):  # that a variant lacks
         rest = pairwise_terms({key: value for key, value in outputs.items() if key != part}, segments)
         assert rest.keys() == {name for name in TERM_WEIGHTS if not name.startswith(prefix)}
 
@@ -151,9 +148,7 @@ def test_gradients_reach_all_outputs_of_matched_queries_and_only_the_classes_of_
     outputs, segments = pick(*random_task(5, 3, seed=13), slices)
     outputs = {key: value.clone().requires_grad_() for key, value in outputs.items()}
     matched = match(outputs, segments).any(-1)
-    loss_of(
-        outputs, segments
-    ).backward()  # a head without a gradient, be it zero, would make DDP wait for ever
+    loss_of(outputs, segments).backward()  # a head without a gradient would make DDP wait for ever
     for key, value in outputs.items():
         assert torch.equal(value.grad.flatten(2).any(-1), matched | (key == "class_logits")), key
 

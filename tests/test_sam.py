@@ -56,9 +56,7 @@ def test_missing_file_and_a_file_too_many_are_refused(small):
         find_sam_file("tiny", small)
 
 
-def test_download_is_checked_kept_and_not_repeated_or_says_where_from_and_where_to(
-    small, tmp_path, monkeypatch
-):
+def test_download_is_checked_kept_and_not_repeated_or_says_where_from(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     target, right = tmp_path / "hub" / "checkpoints" / "small.pth", BACKBONES["small"]
     for wrong in ({"sha256": "0" * 64}, {"url": right.url + ".gone"}):
@@ -95,24 +93,24 @@ def test_checkpoint_holds_the_trained_tensors_alone_and_gives_identical_outputs(
     path, file = tmp_path / "best.pt", small if sam == "small" else None
     net, record = build_model(MaskSAMConfig(sam, **sizes), file)
     wake(net.encoder_adapters, std=0.05)
-    content = checkpoint_content(net, record, {"spacing": [None, 1.5]}) | {"epoch": 7}
+    plan = {"spacing": [None, 1.5], "task": {"labels": ["a", "b", "c"], "channels": ["MR"]}}
+    content = checkpoint_content(net, record, plan) | {"epoch": 7, "cases": {"train": ["x"], "val": []}}
     write_checkpoint(path, content)
     held = {key for key in net.state_dict() if sam == "tiny" or not key.startswith("sam.")}
     assert trained_state(net).keys() == held
-    size = 4 * sum(value.numel() for value in trained_state(net).values())
+    size = sum(value.nbytes for value in trained_state(net).values())
     assert size < path.stat().st_size < 1.1 * size + 200_000
     volume, _ = task(net, batch=2)
     torch.manual_seed(99)  # whatever a fresh model draws must be overwritten
     again, rest = load_checkpoint(path, file)
     assert again.config == net.config and not again.training and "state" not in rest
-    assert rest["epoch"] == 7 and rest["plan"] == {"spacing": [None, 1.5]} and rest["sam"] == record
+    assert rest["epoch"] == 7 and rest["plan"] == plan and rest["sam"] == record
     with torch.no_grad():
         assert all(map(torch.equal, net(volume).values(), again(volume).values()))
     if sam == "tiny":
         return
     config, other = content["config"], tmp_path / "other.pth"
-    state = torch.load(small)
-    torch.save(state | {"mask_decoder.iou_token.weight": torch.ones(1, 64)}, other)
+    torch.save(torch.load(small) | {"mask_decoder.iou_token.weight": torch.ones(1, 64)}, other)
     for changes, sam_file, message in (
         ({"num_queries": 5}, small, r"best\.pt does not fit .* such as (class_tokens|prompt_generator)"),
         ({"temperature": 2.0}, small, r"best\.pt holds a configuration that .* cannot build: .*temperature"),

@@ -96,11 +96,3 @@ def test_levels_of_the_generator_are_the_pyramids_own_up_to_the_patch():
     generator = tiny(sam="lite_medsam", patch_size=(2, 160, 160)).prompt_generator
     assert [level.size for level in generator.levels] == [(5, 6), (5, 6), (10, 12), (20, 24)]
     assert [level.tap.in_channels for level in generator.levels] == list(reversed(WIDTHS))
-
-
-def test_training_mode_changes_nothing():
-    net = tiny(sam="lite_medsam")
-    wake_sam(net.sam)
-    image = torch.randn(2, 3, *net.config.encoder_size)
-    with torch.no_grad():
-        assert torch.equal(net.train().encode(image)[0], net.eval().encode(image)[0])

@@ -65,6 +65,7 @@ class Bench:
     def __init__(self, config: MaskSAMConfig, args: argparse.Namespace):
         torch.manual_seed(0)
         self.args, self.device, (depth, *plane) = args, torch.device(args.device), config.patch_size
+        self.measure = lambda run: measure(run, self.device, args.repeat)
         self.model, self.criterion = MaskSAM(config).to(self.device), SetCriterion()
         self.model.gradient_checkpointing = args.checkpointing
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -72,10 +73,6 @@ class Bench:
         self.volume = torch.randn(args.batch_size, config.num_channels, depth, *plane, device=self.device)
         labels = torch.randint(config.num_classes, (args.batch_size * depth, *plane), device=self.device)
         self.segments = label_map_to_segments(labels, config.num_classes)
-
-    def measure(self, run: Callable) -> dict[str, float]:
-        """Call `measure` as the command line says."""
-        return measure(run, self.device, self.args.repeat)
 
     def step(self) -> None:
         """Make one training step, as train.py does."""
