@@ -78,14 +78,15 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
 
     Raises: ValueError if `survey` would list a problem, or if the case does not fit into memory on the grid.
     """
-    parts, geometries = zip(*map(read_image, case.images))
-    channels = np.concatenate(parts) if len(parts) > 1 else parts[0]  # (C, D, H, W)
-    geometry, num_classes = geometries[0], len(plan.task.labels)
+    channels, geometry = read_image(case.images[0])  # (C, D, H, W), turned as the first file decides
+    for path in case.images[1:]:
+        more, place = read_image(path, geometry)
+        check_same_place(path, place, case.images[0], geometry)
+        channels = np.concatenate([channels, more])
+    num_classes = len(plan.task.labels)
     if len(channels) != len(plan.task.channels):
         expected = f"{len(plan.task.channels)}: {', '.join(plan.task.channels)}"
         raise ValueError(f"{case.images[0]}: found {len(channels)} channels, expected {expected}")
-    for path, other in zip(case.images, geometries):
-        check_same_place(path, other, case.images[0], geometry)
     axes = zip(geometry.shape, geometry.spacing, plan.spacing)
     shape = tuple(n if new is None else max(1, round(n * old / new)) for n, old, new in axes)
     needed = 32 * len(channels) * np.prod(shape, dtype=float)  # Ours: bytes while a case is prepared
