@@ -37,7 +37,10 @@ def test_queries_that_are_an_object_come_in_the_order_of_their_probability():
     masks[1, 2, 5:10, 20:30] = 9
     masks[1, 3] = -masks[1, 2]
     outputs = {"class_logits": torch.stack([torch.eye(4) * 9, torch.tensor(classes).log()])}
-    model = lambda volume: outputs | {"mask_logits": masks, "aux_mask_logits": -masks}  # noqa: E731
+
+    def model(volume):
+        return outputs | {"mask_logits": masks, "aux_mask_logits": -masks}
+
     model.config = SimpleNamespace(num_classes=3)
     model.prompt_generator = SimpleNamespace(prompts=lambda aux, size, given: (boxes, None))
     found, label_map = visualize.find_queries(model, torch.zeros(1, 2, 20, 40), 1)
@@ -79,7 +82,11 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
         nifti.write_label_map(tmp_path / f"net/{case.name}.nii.gz", np.roll(label, shift, 2), geometry)
     evaluate.main("--predictions net --data phantom --workers 1".split())
 
-    figures, net = [], "--predictions net --data phantom"
+    figures, shown, net = [], [], "--predictions net --data phantom"
+    draw = pictures.draw_overlay
+    monkeypatch.setattr(
+        visualize, "draw_overlay", lambda *a, **options: shown.extend(a[0]) or draw(*a, **options)
+    )
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, **options: file.write(b"png"))
     ask = f"queries --ckpt x.pt --case {second.name}"
@@ -87,6 +94,8 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
         visualize.main(line.split())
     compared, sheet, *asked = figures
     assert [part.get_suptitle() for part in compared.subfigs] == [second.name]
+    arrays = nifti.read_image(second.images[0])[0][0], label, np.roll(label, 6, 2)
+    assert all(map(np.array_equal, shown[0][1:4], arrays))
     for axis in (compared.axes[0], asked[0].axes[0]):
         assert [text.get_text() for text in axis.texts[1:]] == ["L", "R"]  # x of a file runs to the right
     titles = [part.get_suptitle().split(",")[0] for part in sheet.subfigs]
