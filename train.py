@@ -100,16 +100,12 @@ def resolve(args: argparse.Namespace, preset: Preset) -> None:
     args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
     if args.val_every is None:
         args.val_every = max(2, args.epochs // 10)  # Ours
-    for name in ("epochs", "iterations", "batch_size", "accumulate", "val_every", "lr", "workers", "seed"):
-        option, value, least = (
-            name.removesuffix("_size").replace("_", "-"),
-            getattr(args, name),
-            "more than 0",
-        )
-        if name in ("workers", "seed"):
-            value, least = value + 1, "0 or more"
-        if not 0 < value < math.inf:
-            raise ValueError(f"--{option}: found {getattr(args, name)}, expected {least}")
+    positive = ("epochs", "iterations", "batch_size", "accumulate", "val_every", "lr")
+    for name in (*positive, "workers", "seed"):
+        least, value = "more than 0" if name in positive else "0 or more", getattr(args, name)
+        if not (value > 0 or value == 0 and name not in positive):
+            option = name.removesuffix("_size").replace("_", "-")
+            raise ValueError(f"--{option}: found {value}, expected {least}")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -184,12 +180,13 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
 
 
-def open_data(
-    args: argparse.Namespace, group: processes.Processes
-) -> tuple[layouts.DataSource, data.Plan, Path]:
+Opened = tuple[layouts.DataSource, data.Plan, Path]
+
+
+def open_data(args: argparse.Namespace, group: processes.Processes) -> Opened:
     """Find the cases and prepare them, first in process 0. Return the data set, its plan and their cache."""
-    chosen = args.fold, args.group, args.modality, args.flip
-    source, splits = layouts.find_data(args.data, args.root, *chosen), {}
+    where = args.data, args.root, args.fold, args.group, args.modality, args.flip
+    source, splits = layouts.find_data(*where), {}
     for name in ("train", "val"):
         if not source.splits.get(name):
             raise ValueError(f"{source.root}: found no {name} cases, only {', '.join(source.splits)}")
@@ -275,9 +272,9 @@ def train(args: argparse.Namespace, group: processes.Processes) -> dict:
         while run.epoch < args.epochs:
             began = time.time() - run.elapsed
             train_epoch(run, began)
-            entry = epoch_means(run) | {"seconds": time.time() - began, "val_dice": None}
+            run.elapsed = time.time() - began
+            entry = epoch_means(run) | {"seconds": run.elapsed, "val_dice": None}
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
-                run.elapsed = entry["seconds"]
                 save(run)  # After a signal only the validation is repeated.
                 results = validate(run)
                 per_class = {label: values["dice"] for label, values in results["per_class"].items()}
@@ -301,15 +298,14 @@ def train_epoch(run: Run, began: float) -> None:
 
     Steps that were skipped, because a number was not finite, are counted in their place.
     """
-    args, end = run.args, (run.epoch + 1) * run.args.iterations
+    args, first = run.args, run.epoch * run.args.iterations
     run.wrapped.train()
-    bar = tqdm(desc=f"epoch {run.epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
-    bar.reset(args.iterations)
-    bar.update(run.step - run.epoch * args.iterations)
-    while run.step < end:
-        run.optimizer.param_groups[0]["lr"] = rate = learning_rate(run.step, args)
+    bar = {"desc": f"epoch {run.epoch + 1}/{args.epochs}", "leave": False, "disable": run.rank > 0}
+    bar |= {"initial": run.step - first, "total": args.iterations}
+    for step in (bar := tqdm(range(run.step, first + args.iterations), **bar)):
+        run.optimizer.param_groups[0]["lr"] = rate = learning_rate(step, args)
         values, stopped = train_step(run)
-        run.step += 1
+        run.step = step + 1
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         run.skipped = run.skipped + 1 if wrong else 0
         if run.skipped == MAX_SKIPPED:
@@ -320,7 +316,6 @@ def train_epoch(run: Run, began: float) -> None:
         for name, value in ({"skipped": 1.0} if wrong else values).items():
             run.sums[name] = run.sums.get(name, 0.0) + value
         bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}")
-        bar.update()
         if stopped:
             run.elapsed = time.time() - began
             stop(run)
@@ -330,9 +325,8 @@ def epoch_means(run: Run) -> dict[str, float]:
     """Return the means over the steps of an epoch that were taken, the epoch's number, and the last rate."""
     skipped = int(run.sums.get("skipped", 0))
     taken = run.args.iterations - skipped
-    means = {name: value / taken for name, value in run.sums.items() if name != "skipped"} or {
-        "loss": math.nan
-    }
+    means = {name: value / taken for name, value in run.sums.items() if name != "skipped"}
+    means = means or {"loss": math.nan}
     rate = learning_rate(run.step - 1, run.args)
     return means | {"skipped": skipped, "epoch": run.epoch + 1, "lr": rate}
 

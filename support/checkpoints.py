@@ -89,13 +89,10 @@ def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
         sides = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
         if not all(type(side) is int and 1 <= side <= bound for side in sides):
             yield f"{name} {config[name]}, which is not between 1 and {bound},"
-    for where, name in (
-        (task, "labels"),
-        (task, "channels"),
-        (content["cases"], "train"),
-        (content["cases"], "val"),
-    ):
-        if not all(isinstance(word, str) for word in where[name]) or isinstance(where[name], str):
+    names = {key: task[key] for key in ("labels", "channels")}
+    names |= {key: content["cases"][key] for key in ("train", "val")}
+    for name, words in names.items():
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
             yield f"{name} that are not names"
     if (len(task["labels"]), len(task["channels"])) != (config["num_classes"], config["num_channels"]):
         yield f"a model of other numbers than {len(task['labels'])} classes, {len(task['channels'])} channels"
