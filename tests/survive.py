@@ -10,9 +10,11 @@ Everything happens in a new temporary folder; the seed is 0. Each line counts su
 
 import collections
 import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,13 +29,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import model
+import train
 from data import Plan
 from support import phantom
 from support.checkpoints import read_checkpoint
 
-SIZES = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --lr 1e-3 --workers 0".split()
-SIZES += "--epochs 3 --iterations 4 --val-every 2 --root data --name".split()
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--monitor-interval=1"]
+OPTIONS = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --lr 1e-3 --workers 0 --epochs 3"
+OPTIONS = f"{OPTIONS} --iterations 4 --val-every 2 --root data --resume --name".split()
+FORK = multiprocessing.get_context("fork")  # Nothing is imported again.
 
 
 def write_small_phantom(folder: Path) -> None:
@@ -46,27 +49,41 @@ def write_small_phantom(folder: Path) -> None:
         nib.save(nib.Nifti1Image(part, np.diag([3, 3, 8, 1])), file)
 
 
-def start(name: str, world: int = 1, *torchrun: str) -> subprocess.Popen:
-    """Start a training, which resumes if there is something. Every fifth makes its own cache."""
-    cache = f"cache-{name}" if name.endswith(("0", "5")) else "cache"
-    program = [*TORCHRUN, f"--master-port={random.randint(20000, 60000)}", *torchrun] if world > 1 else []
-    command = [
-        *(program or [sys.executable]),
-        str(ROOT / "train.py"),
-        *SIZES,
-        name,
-        "--resume",
-        "--cache",
-        cache,
-    ]
-    log = open(f"{name}.txt", "a")
-    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+def work(name: str, rank: int, world: int, port: int) -> None:
+    """Train in a new process. Every fifth run makes its own cache."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(f"{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+    torch.set_num_threads(1)
+    train.draw = lambda run: None
+    train.main([*OPTIONS, name, "--cache", f"cache-{name}" if name[-1] in "05" else "cache"])
 
 
-def steps_done(name: str) -> int:
-    """Return the step of last.pt, or -1."""
-    path = Path(f"runs/phantom-{name}/last.pt")
-    return torch.load(path, weights_only=True)["step"] if path.exists() else -1
+def start(name: str, world: int) -> list[multiprocessing.Process]:
+    """Start a training, which resumes if there is something."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = [FORK.Process(target=work, args=(name, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait(processes: list[multiprocessing.Process]) -> list[int]:
+    """Return the exit status of each process. After ten minutes it is killed."""
+    for process in processes:
+        process.join(600)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def wait_for_step(name: str, pid: int) -> None:
+    """Wait until a run has printed its settings, or ended."""
+    log = Path(f"{name}.txt")
+    while not (log.exists() and "output" in log.read_text()) and Path(f"/proc/{pid}/exe").exists():
+        time.sleep(0.02)
 
 
 def result(name: str) -> tuple[list, dict]:
@@ -77,66 +94,41 @@ def result(name: str) -> tuple[list, dict]:
     return log, read_checkpoint(folder / "last.pt")["state"]
 
 
-def compare(name: str, whole: tuple[list, dict]) -> str:
-    """Say whether a run equals the one that nobody disturbed, and its folder has no left-over file."""
-    log, state = result(name)
-    same = log == whole[0] and all(torch.equal(state[key], whole[1][key]) for key in state)
-    left = [*Path(f"runs/phantom-{name}").glob("*.partial")]
-    return "survived" if same and not left else "missed"
-
-
-def wait(process: subprocess.Popen, limit: float = 600) -> int:
-    """Return the exit status of a process; end it, and all that it started, after `limit` seconds."""
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait() - 1000
-
-
-def seconds_of(name: str, process: subprocess.Popen) -> float:
-    """Wait for a run's first step, and for the end of an undisturbed run; return the seconds between."""
-    while "output" not in Path(f"{name}.txt").read_text() and process.poll() is None:
-        time.sleep(0.05)
-    began = time.time()
-    if name.startswith("whole"):
-        assert wait(process) == 0, Path(f"{name}.txt").read_text()[-2000:]
-    return time.time() - began
-
-
 def disturb(kind: str, number: int, whole: dict, seconds: dict) -> str:
     """Disturb one run at a random time, let it go on, and judge its end."""
-    world = 2 if kind == "restarts" or kind == "signals" and number % 2 else 1
-    name = f"{kind}{number}"
-    process = start(name, world, *(["--max-restarts=3"] if kind == "restarts" else []))
-    if number % 5:  # The others are disturbed at any time, also while they prepare.
-        seconds_of(name, process)
+    world, name = (2 if kind == "restarts" or kind == "signals" and number % 2 else 1), f"{kind}{number}"
+    if kind == "restarts":
+        command = "-m torch.distributed.run --nproc_per_node=2 --monitor-interval=1 --max-restarts=3"
+        command = [sys.executable, *command.split(), str(ROOT / "train.py"), *OPTIONS, name]
+        with open(f"{name}.txt", "w") as log:
+            agent = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_for_step(name, agent.pid)
+    else:
+        processes = start(name, world)
+        if number % 5:  # The others are disturbed at any time, also while they prepare.
+            wait_for_step(name, processes[0].pid)
     time.sleep(seconds[world] * random.uniform(0, 0.9))
-    if process.poll() is None:
-        if kind == "kills":
-            os.killpg(process.pid, signal.SIGKILL)
-            wait(process)
-        elif kind == "signals":
-            sent = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1][number // 2 % 3]
-            workers = children(process.pid) if world == 2 else [process.pid]
-            before = steps_done(name)
-            os.kill(random.choice(workers or [process.pid]), sent)
-            status = wait(process)
-            began = "epoch" in Path(f"{name}.txt").read_text()  # Before the first step nothing is lost.
-            if began and status not in (0, 128 + sent, 1) or steps_done(name) < before:
-                return f"missed (status {status})"
-        elif workers := children(process.pid):
-            os.kill(random.choice(workers), signal.SIGKILL)
-    status = wait(process)
-    if kind != "restarts":
+    if kind == "restarts":
+        workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout
+        os.kill(int(random.choice(workers.split())), signal.SIGKILL)
+        status = [agent.wait(900)]
+    else:
+        sent = (
+            signal.SIGKILL
+            if kind == "kills"
+            else random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        )
+        os.kill(random.choice(processes).pid, sent)
+        status = wait(processes)
+        begun = "epoch" in Path(f"{name}.txt").read_text()  # Before the first step nothing is lost.
+        if kind == "signals" and begun and set(status) not in ({0}, {128 + sent}):
+            return f"missed (status {status} after {sent.name})"
         status = wait(start(name, world))
-    return compare(name, whole[world]) if status == 0 else f"missed (status {status} at the end)"
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes that a process started."""
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in done.stdout.split()]
+    if any(status):
+        return f"missed (status {status} at the end)"
+    (log, state), left = result(name), [*Path(f"runs/phantom-{name}").glob("*.partial")]
+    same = log == whole[world][0] and all(torch.equal(state[key], whole[world][1][key]) for key in state)
+    return "survived" if same and not left else f"missed (same {same}, left over {len(left)})"
 
 
 def damage(path: Path, copy: Path) -> str:
@@ -145,10 +137,8 @@ def damage(path: Path, copy: Path) -> str:
     place, content = random.randrange(len(data)), torch.load(path, weights_only=True)
     if kind == "bit":
         data[place] ^= 1 << random.randrange(8)
-    elif kind == "end":
-        del data[place:]
-    elif kind == "hole":
-        data[place : place + 512] = bytes(512)
+    else:
+        data[place:] = b"" if kind == "end" else bytes(512) + data[place + 512 :]
     copy.write_bytes(data)
     if kind == "entry":
         part = random.choice(["config", "plan", "cases", "state", "sam"])
@@ -176,15 +166,15 @@ def main() -> None:
     write_small_phantom(Path("data"))
     whole, seconds, counts = {}, {}, collections.Counter()
     for world in (1, 2) if kind in ("signals", "restarts") else (1,):
-        seconds[world] = seconds_of(f"whole{world}", start(f"whole{world}", world))
-        whole[world] = result(f"whole{world}")
+        processes = start(name := f"whole{world}", world)
+        wait_for_step(name, processes[0].pid)
+        began = time.time()
+        assert not any(wait(processes)), Path(f"{name}.txt").read_text()[-2000:]
+        whole[world], seconds[world] = result(name), time.time() - began
     for i in range(number):
-        if kind == "files":
-            outcome = damage(Path("runs/phantom-whole1/last.pt"), Path("copy.pt"))
-        else:
-            outcome = disturb(kind, i, whole, seconds)
-        counts[outcome] += 1
-        if kind != "files" or not (i + 1) % 100:
+        last = Path("runs/phantom-whole1/last.pt")
+        counts[damage(last, Path("copy.pt")) if kind == "files" else disturb(kind, i, whole, seconds)] += 1
+        if not (i + 1) % (100 if kind == "files" else 5):
             print(i + 1, dict(sorted(counts.items())), flush=True)
     print(f"{kind} {number} in {os.getcwd()}: {dict(sorted(counts.items()))}")
 
