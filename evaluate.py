@@ -166,13 +166,6 @@ def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.nd
     return label
 
 
-def score_case(model: MaskSAM, case: layouts.Case, prepared: data.Prepared, *options) -> dict:
-    """Predict a case and return its Dice, for `metrics.summarize`. Options: device, amp and mirror_axes."""
-    truth, _ = nifti.read_label(case.label, model.config.num_classes, prepared.geometry)
-    prediction = predict_case([model], [prepared], *options)
-    return {"dice": metrics.dice_per_class(prediction, truth, model.config.num_classes)}
-
-
 def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layouts.DataSource, Cases]:
     """Find the cases that `args` (data, root, fold, group, split) name; the training gives the defaults.
 

@@ -1,7 +1,7 @@
 """Train MaskSAM with one process or several, on GPUs or a CPU (paper 3).
 
     training cases ── PatchDataset ──> patches ── MaskSAM ── SetCriterion ── AdamW ──> last.pt
-    validation cases ── evaluate.score_case ──> Dice, and with the best Dice so far ──> best.pt
+    validation cases ── evaluate.predict_case ──> Dice, and with the best Dice so far ──> best.pt
 
     python train.py                                         the phantom, some minutes on two cores
     python train.py --data acdc --root DIR                  ACDC with SAM's ViT-B on one GPU
@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +80,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the network: slow to start, faster steps on a GPU")
     add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
     add("--val-every", type=int, help="epochs between validations (default: a tenth of all, at least 2)")
+    share = "(default: what a tenth of the training's time allows)"
+    add("--val-cases", type=int, help=f"validation cases while training {share}")
+    add("--val-overlap", type=float, help=f"overlap of their windows {share}")
     add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
     add("--resume", action="store_true", help="continue from last.pt of this run, if there is one")
     add("--init", metavar="FILE", help="checkpoint whose tensors are loaded first, if they fit")
@@ -141,13 +145,18 @@ class Run:
         check_queries(cases, self.plan, self.cache, args.num_queries)
         self.lock = processes.lock(self.folder) if self.rank == 0 else None
         self.build_network()
+        patches = args.iterations * args.accumulate * args.batch_size * self.world  # of an epoch
+        self.validation = plan_validation(self, patches * args.val_every, args.val_cases, args.val_overlap)
+        everything = len(self.source.splits["val"]), None, self.plan.task.flip_axes
+        self.last_validation = plan_validation(self, patches * args.epochs, *everything)
         schedule = {name: getattr(args, name) for name in SCHEDULE} | {"processes": self.world}
         self.settings = {"arguments": vars(args), "schedule": schedule, "commit": git_commit()}
         self.epoch = self.step = self.skipped = 0  # epochs and steps done, steps skipped in a row
         self.best, self.sums, self.elapsed = -1.0, {}, 0.0  # best Dice; sums and seconds of the epoch so far
+        self.shown: dict[str, np.ndarray] = {}  # label maps of the last validation, for the pictures
         if not resume(self) and args.init:
             start_from(self)
-        length = args.epochs * args.iterations * args.accumulate * args.batch_size * self.world
+        length = args.epochs * patches
         patches = data.PatchDataset(cases, self.plan, self.cache, args.patch_size, length, args.seed)
         options = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
         options |= {"worker_init_fn": processes.ignore_signals}
@@ -178,6 +187,35 @@ class Run:
         rates = {"lr": args.lr, "weight_decay": args.weight_decay, "eps": args.adam_eps}
         self.optimizer = torch.optim.AdamW(trained, **rates, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
+
+
+class Validation(NamedTuple):
+    """The cases of a validation, the overlap of their windows, and the axes of mirrored predictions."""
+
+    cases: tuple[layouts.Case, ...]
+    overlap: float
+    flips: tuple[int, ...] = ()
+
+
+def plan_validation(
+    run: Run, patches: int, number: int | None, overlap: float | None, flips=()
+) -> Validation:
+    """Choose a validation that costs at most a tenth of the training on this many patches.
+
+    Ours: a patch costs about three predictions, a forward pass and a backward pass of two. If the whole costs
+    more, mirroring is left out first, then windows overlap less, and then cases are left out, evenly.
+    """
+    cases, budget = run.source.splits["val"], 0.1 * 3 * patches
+    shapes = data.cached_shapes(cases, run.plan, run.cache)
+    choices = [(0.5, flips), (0.5, ()), (0.25, ()), (0.0, ())] if overlap is None else [(overlap, flips)]
+    for overlap, flips in choices:
+        sides = [[(max(n, p), p) for n, p in zip(shape, run.args.patch_size)] for shape in shapes]
+        starts = [[evaluate.window_starts(*side, overlap) for side in each] for each in sides]
+        windows = 2 ** len(flips) * sum(math.prod(map(len, each)) for each in starts)
+        if windows <= budget:
+            break
+    number = min(number or max(1, int(len(cases) * min(1, budget / windows))), len(cases))
+    return Validation(tuple(cases[i * len(cases) // number] for i in range(number)), overlap, flips)
 
 
 Opened = tuple[layouts.DataSource, data.Plan, Path]
@@ -276,17 +314,17 @@ def train(args: argparse.Namespace, group: processes.Processes) -> dict:
             entry = epoch_means(run) | {"seconds": run.elapsed, "val_dice": None}
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(run)  # After a signal only the validation is repeated.
-                results = validate(run)
+                results = validate(run, run.validation)
                 per_class = {label: values["dice"] for label, values in results["per_class"].items()}
                 # Cases without any object have no Dice; with 0 there is a best checkpoint all the same.
                 entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
             run.epoch, run.sums, run.elapsed = run.epoch + 1, {}, 0.0
             end_epoch(run, entry | {"seconds_with_validation": time.time() - began})
         best = run.folder / "best.pt"  # It may lie on another machine.
-        state = group.from_first(lambda: read_checkpoint(best)["state"])
-        model.load_trained_state(run.model, state, best)
-        # evaluate.py averages mirrored predictions by default; the validation in training has no time for it.
-        results = validate(run, run.plan.task.flip_axes)
+        content = group.from_first(lambda: read_checkpoint(best))
+        model.load_trained_state(run.model, content["state"], best)
+        if not run.shown or content["epoch"] < args.epochs or run.validation != run.last_validation:
+            results = validate(run, run.last_validation)
     if run.rank == 0:
         metrics.print_table(results | {"prompts": args.prompts})
         draw(run)
@@ -383,21 +421,27 @@ def stop(run: Run) -> None:
     raise SystemExit(128 + numbers[0])
 
 
-def validate(run: Run, flips: tuple[int, ...] = ()) -> dict:
-    """Return `metrics.summarize` of the validation cases, predicted with flips along axes of (D, H, W)."""
-    cases, scores = run.source.splits["val"], {}
+def validate(run: Run, how: Validation) -> dict:
+    """Return `metrics.summarize` of validation cases, and keep three label maps from all over the list."""
+    scores, task = {}, run.plan.task
+    shown = how.cases[:: max(1, len(how.cases) // 3)][:3]
+    options = {"overlap": how.overlap, "batch_size": run.args.batch_size}
     run.model.eval()
-    for case in tqdm(cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
+    run.shown = {}
+    for case in tqdm(how.cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
         prepared = data.load_cached(case, run.plan, run.cache)
-        scores[case.name] = evaluate.score_case(run.model, case, prepared, run.device, run.args.amp, flips)
+        where = run.device, run.args.amp, how.flips
+        label_map = evaluate.predict_case([run.model], [prepared], *where, **options)
+        truth, _ = nifti.read_label(case.label, len(task.labels), prepared.geometry)
+        scores[case.name] = {"dice": metrics.dice_per_class(label_map, truth, len(task.labels))}
+        run.shown |= {case.name: label_map} if case in shown else {}
         if run.signals.number:
             break
-    parts = run.group.gather((scores, run.signals.number))
-    if any(number for _, number in parts):
+    parts = run.group.gather((scores, run.shown, run.signals.number))
+    if any(number for *_, number in parts):
         stop(run)
-    scores = {name: score for part, _ in parts for name, score in part.items()}
-    task = run.plan.task
-    return metrics.summarize({case.name: scores[case.name] for case in cases}, task.labels, task.scored)
+    scores, run.shown = ({k: v for part in parts for k, v in part[i].items()} for i in (0, 1))
+    return metrics.summarize({case.name: scores[case.name] for case in how.cases}, task.labels, task.scored)
 
 
 def begin_log(run: Run) -> None:
@@ -408,7 +452,8 @@ def begin_log(run: Run) -> None:
     patch, encoder = (" x ".join(map(str, size)) for size in (config.patch_size, config.encoder_size))
     print(
         f"data      {run.source.name} in {run.source.root}, {config.num_classes} classes, "
-        f"{len(splits['train'])} training and {len(splits['val'])} validation cases\n"
+        f"{len(splits['train'])} training cases, {len(run.validation.cases)} of {len(splits['val'])} "
+        f"validation cases (overlap {run.validation.overlap:g}) every {args.val_every} epochs\n"
         f"model     {config.sam}, {config.variant}, {trained:,} trained and {frozen:,} frozen parameters\n"
         f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries\n"
         f"schedule  {args.epochs} x {args.iterations} steps, {run.world} x {args.accumulate} x "
@@ -458,19 +503,13 @@ def draw(run: Run) -> None:
     from support import pictures  # needs matplotlib, which training does not
 
     pictures.draw_curves(run.folder / "log.jsonl", run.folder / "curves.png")
-    cases, task, shown = run.source.splits["val"], run.plan.task, []
-    options = run.device, run.args.amp, task.flip_axes
-    for case in cases[:: max(1, len(cases) // 3)][:3]:
-        prepared = data.load_cached(case, run.plan, run.cache)
-        prediction = evaluate.predict_case([run.model.eval()], [prepared], *options)
+    task, shown = run.plan.task, []
+    for case in (case for case in run.source.splits["val"] if case.name in run.shown):
         image, place = nifti.read_image(case.images[0])
         truth, _ = nifti.read_label(case.label, len(task.labels), place)
         title = case.name + ("" if run.args.prompts == "auto" else f", boxes of {run.args.prompts}")
-        shown.append(
-            pictures.Picture(
-                title, image[0], truth, prediction, place.spacing, pictures.sides_of(place.frame)
-            )
-        )
+        maps = image[0], truth, run.shown[case.name]
+        shown.append(pictures.Picture(title, *maps, place.spacing, pictures.sides_of(place.frame)))
     pictures.draw_overlay(shown, task.labels, run.folder / "overlay.png")
 
 

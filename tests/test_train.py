@@ -17,7 +17,8 @@ import train
 from support import layouts, metrics, nifti, phantom
 from support.presets import PRESETS
 
-SMALL = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --val-every 2 --lr 1e-3".split()
+SMALL = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --lr 1e-3".split()
+SMALL += "--val-every 2 --val-cases 2".split()
 SCHEDULE = ["--epochs", "3", "--iterations", "2"]
 SHORT = ["--epochs", "1", "--iterations", "2"]
 
@@ -83,19 +84,19 @@ def test_a_run_leaves_what_the_header_lists(whole):
     assert best["metrics"]["val_dice"] == max(entry["val_dice"] for entry in log[1:])
 
 
-@pytest.mark.parametrize("where, number", [("train_step", 0), ("train_step", 15), ("score_case", 2)])
+@pytest.mark.parametrize("where, number", [("train_step", 0), ("train_step", 15), ("predict_case", 2)])
 def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick, monkeypatch, where, number):
     """An error or a signal inside the second epoch, and one in a validation."""
-    module = evaluate if where == "score_case" else train
+    module = evaluate if where == "predict_case" else train
     original, calls = getattr(module, where), []
 
-    def fail_once(*args):
+    def fail_once(*args, **options):
         calls.append(1)
         if len(calls) == (3 if where == "train_step" else 1):
             if not number:
                 raise RuntimeError("a power cut")
             os.kill(os.getpid(), number)
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(module, where, fail_once)
     more = [] if number else ["--workers", "2"]  # They change nothing either.
@@ -103,7 +104,8 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick,
         run(root, "parts", *SCHEDULE, *more, "--resume")  # There is nothing yet.
     assert end.value.code == 128 + number if number else "a power cut" in end.value.code
     log, last = run(root, "parts", *SCHEDULE, *more, "--resume")
-    assert len(calls) == {"train_step": 7 - bool(number), "score_case": 7}[where]
+    again = 2 * (log[1]["val_dice"] >= log[2]["val_dice"])  # The best is not the last: it is predicted again.
+    assert len(calls) == {"train_step": 7 - bool(number), "predict_case": 5 + again}[where]
     assert [*map(losses, log)] == [*map(losses, whole[1])]
     assert all(torch.equal(value, last["state"][key]) for key, value in whole[2]["state"].items())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -187,11 +189,27 @@ def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
         run(root, "other", *SHORT, "--init", "other.pt")
 
 
+def test_a_validation_costs_at_most_a_tenth_of_the_training(root, quick):
+    """Mirroring goes first, then overlap, then cases. A volume of 2 x 32 x 32 has 9 windows of 16 x 16."""
+    args = train.parse_arguments(["--root", str(root), *SMALL, *SHORT, "--patch", "2", "16", "16"])
+    planned = train.Run(args, train.processes.Processes())
+    names = [case.name for case in planned.source.splits["val"]]
+    for patches, expected in (
+        (240, (2, 0.5, (1, 2))),
+        (239, (2, 0.5, ())),
+        (59, (2, 0.0, ())),
+        (20, (1, 0.0, ())),
+    ):
+        found = train.plan_validation(planned, patches, None, None, (1, 2))
+        assert (len(found.cases), *found[1:]) == expected, patches
+    chosen = train.plan_validation(planned, 1, 2, 0.5)
+    assert [case.name for case in chosen.cases] == names and chosen.overlap == 0.5  # as the user says
+
+
 def test_the_validation_dice_is_the_mean_over_the_scored_classes(root, quick, monkeypatch):
     task = dataclasses.replace(PRESETS["phantom"].task, scored=(2,))
     monkeypatch.setitem(PRESETS, "phantom", dataclasses.replace(PRESETS["phantom"], task=task))
-    dice = {"dice": np.array([0.1, 0.5, 0.9])}
-    monkeypatch.setattr(evaluate, "score_case", lambda *_: dice)
+    monkeypatch.setattr(metrics, "dice_per_class", lambda *_: np.array([0.1, 0.5, 0.9]))
     (entry,), _ = run(root, "scored", *SHORT)
     assert entry["val_dice"] == 0.5 and entry["val_dice_per_class"] == {"RV": 0.1, "Myo": 0.5, "LV": 0.9}
 
