@@ -89,6 +89,13 @@ def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
         sides = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
         if not all(type(side) is int and 1 <= side <= bound for side in sides):
             yield f"{name} {config[name]}, which is not between 1 and {bound},"
+    if not isinstance(task, dict) or type(config.get("given_boxes", False)) is not bool:
+        yield "no task, or given_boxes that are neither True nor False,"
+    spacing = content["plan"]["spacing"]
+    if len(spacing) != 3 or not all(
+        mm is None and i == 0 or mm is not None and 0 < mm < 1e4 for i, mm in enumerate(spacing)
+    ):
+        yield f"the spacing {spacing}, which is not three lengths in mm,"
     names = {key: task[key] for key in ("labels", "channels")}
     names |= {key: content["cases"][key] for key in ("train", "val")}
     for name, words in names.items():
