@@ -7,11 +7,11 @@ Every decision that the user did not take is a sentence in `Plan.decisions`. `da
 """
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -22,19 +22,16 @@ from support.presets import Task
 
 Array = np.ndarray
 PERCENTILES = (0.5, 50, 99.5)  # Ours: nnU-Net's ends of the intensities, and the median
+PATIENT_AXES = ("left-right", "posterior-anterior", "inferior-superior")
+# Ours: a class keeps to one side if it does so in 90 % of the cases, by more than 2 % of the volume.
+SIDE_SHARE, SIDE_OFFSET = 0.9, 0.02
 
 
 def parallel(function: Callable, items: Sequence, workers: int, desc: str) -> Iterator:
     """Call a function for every item in threads, and yield the results in order, with a progress bar."""
-    if workers == 1:
-        yield from map(function, tqdm(items, desc, leave=False, disable=not items))
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            yield from (future.result() for future in tqdm(futures, desc, leave=False, disable=not futures))
-        finally:
-            pool.shutdown(cancel_futures=True)  # the first error cancels all calls that have not begun
+    with ThreadPoolExecutor(workers) as pool:  # its `map` cancels what has not begun when a call fails
+        results = (map if workers == 1 else pool.map)(function, items)
+        yield from tqdm(results, desc, len(items), leave=False, disable=not items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,49 +107,38 @@ class Plan:
 
         Ours: far is a range ten times as wide or as narrow, or one that does not meet the training range.
         """
-        for name, (low, _, high), known in zip(self.task.channels, percentiles, self.ranges):
-            least, most, narrow, wide = known
+        channels = zip(self.task.channels, percentiles, self.ranges)
+        for name, (low, _, high), (least, most, narrow, wide) in channels:
             if low > most or high < least or not narrow / 10 <= high - low <= wide * 10:
                 expected = f"about {least:.5g} to {most:.5g} as in the training images"
                 return f"found intensities {low:.5g} to {high:.5g} of {name}, expected {expected}"
         return ""
 
 
-def survey(
-    cases: Sequence[Case],
-    task: Task,
-    workers: int = 1,
-    others: Sequence[str | Path] = (),
-    plan: Plan | None = None,
-) -> dict[Case, Measured]:
+def survey(cases: Sequence[Case], task: Task, workers=1, others=(), plan=None) -> dict[Case, Measured]:
     """Read all files once, print a line for each remark, and measure the cases that have images.
 
-    Args:
-        others: one more label map for each case. plan: images that are unlike its own are remarked.
-    Raises: ValueError with a line for each problem.
+    `others` has one more label map for each case. `plan` finds unlike images. A ValueError lists all problems.
     """
-    num_classes, problems, remarks, measured = len(task.labels), [], {}, {}
+    problems, remarks, measured = [], {}, {}
 
     def check(i: int) -> CaseCheck:
-        def numbers(*arrays) -> Measured:
-            return measure(*arrays, num_classes)
-
-        return check_case(cases[i], num_classes, others[i : i + 1], numbers if cases[i].images else None)
+        numbers = functools.partial(measure, num_classes=len(task.labels)) if cases[i].images else None
+        return check_case(cases[i], len(task.labels), others[i : i + 1], numbers)
 
     for case, found in zip(cases, parallel(check, range(len(cases)), workers, "checking")):
         problems += found.problems
-        lines = list(found.remarks)
         if numbers := found.measured:
             measured[case] = numbers
             if (channels := len(numbers.percentiles)) != len(task.channels):
                 expected = ", ".join(task.channels)
                 problems.append(f"{case.images[0]}: found {channels} channels, expected {expected}")
             elif plan and (text := plan.unlike(numbers.percentiles)):
-                lines.append(f"{case.images[0]}: {text}")
-        for file, text in (line.split(": ", 1) for line in lines):
+                found.remarks.append(f"{case.images[0]}: {text}")
+        for file, text in (line.split(": ", 1) for line in found.remarks):
             remarks.setdefault(text, []).append(file)
-    for text, names in remarks.items():
-        print(f"remark: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {text}")
+    for text, files in remarks.items():
+        print(f"remark: {files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}: {text}")
     if problems:
         raise ValueError(f"{len(problems)} problems:\n" + "\n".join(problems))
     return measured
@@ -160,44 +146,34 @@ def survey(
 
 def make_plan(source: DataSource, measured: Sequence[Measured]) -> Plan:
     """Decide how to prepare cases, from what `survey` measured in the training cases."""
-    task, decisions = source.task, list(source.notes)
+    task = source.task
     if not any(each.counts[1:].any() for each in measured):
         raise ValueError(f"{source.root}: found no object in {len(measured)} training labels, expected some")
     depth, height, width = np.median([each.geometry.spacing for each in measured], axis=0).tolist()
-    kept = (
-        "every case keeps its slices, as the preset says"
-        if task.keep_slices
-        else f"slices {depth:.4g} mm apart"
-    )
-    decisions.append(
-        f"Spacing: pixels of {height:.4g} x {width:.4g} mm, the median of the training cases; {kept}."
-    )
-    directions = Counter(each.geometry.slices for each in measured).most_common()
-    found = " and ".join(f"{direction} in {number} training cases" for direction, number in directions)
-    decisions.append(f"Slices: D goes {found}.")
-    flips = task.flip_axes
-    if flips is None:
+    kept = f"slices {depth:.4g} mm apart"
+    if task.keep_slices:
+        depth, kept = None, "every case keeps its slices, as the preset says"
+    frames = [each.geometry.frame for each in measured]
+    directions = Counter(PATIENT_AXES[np.abs(frame[:, 2]).argmax()] for frame in frames).most_common()
+    decisions = [
+        *source.notes,
+        f"Spacing: pixels of {height:.4g} x {width:.4g} mm, the median of the training cases; {kept}.",
+        f"Slices: D goes {' and '.join(f'{axis} in {n} training cases' for axis, n in directions)}.",
+    ]
+    if task.flip_axes is None:
         flips, reasons = decide_flips(np.stack([each.centres for each in measured]), task.labels)
+        task = dataclasses.replace(task, flip_axes=flips)
         decisions += reasons
     else:
-        names = ", ".join("DHW"[axis] for axis in flips) or "none"
+        names = ", ".join("DHW"[axis] for axis in task.flip_axes) or "none"
         decisions.append(f"Flips: {names}, as the preset or --flip says.")
     intensity, ranges = [], []
     for channel, modality in enumerate(task.modality):
         voxels = np.concatenate([each.foreground[channel] for each in measured])
         intensity.append(clip_and_scale(voxels) if modality == "CT" else None)
         low, _, high = np.array([each.percentiles[channel] for each in measured]).T  # (cases) each
-        ranges.append((low.min(), high.max(), (high - low).min(), (high - low).max()))
-    task, spacing = (
-        dataclasses.replace(task, flip_axes=flips),
-        (None if task.keep_slices else depth, height, width),
-    )
-    ranges = tuple(tuple(map(float, ends)) for ends in ranges)
-    return Plan(source.name, task, spacing, tuple(intensity), ranges, tuple(decisions))
-
-
-# Ours: a class keeps to one side if it does so in 90 % of the cases, by more than 2 % of the volume.
-SIDE_SHARE, SIDE_OFFSET = 0.9, 0.02
+        ranges.append(tuple(map(float, (low.min(), high.max(), (high - low).min(), (high - low).max()))))
+    return Plan(source.name, task, (depth, height, width), *map(tuple, (intensity, ranges, decisions)))
 
 
 def decide_flips(centres: Array, labels: Sequence[str]) -> tuple[tuple[int, ...], list[str]]:
@@ -212,15 +188,13 @@ def decide_flips(centres: Array, labels: Sequence[str]) -> tuple[tuple[int, ...]
         offsets = places[:, :, None] - places[:, None]  # (cases, K, K)
         share = (offsets > SIDE_OFFSET).sum(0) / np.maximum(np.isfinite(offsets).sum(0), 1)
         one, other = np.unravel_index(share.argmax(), share.shape)
-        if share[one, other] >= SIDE_SHARE:
-            names = [f"class {labels[i]}" if i else "the middle of the volume" for i in (one, other)]
-            why = (
-                f"{names[0]} lies beyond {names[1]} in {100 * share[one, other]:.0f} % of the training cases"
-            )
-        else:
+        if share[one, other] < SIDE_SHARE:
             flips.append(axis)
-            why = "no class keeps to one side"
-        reasons.append(f"Flips along {letter}: {'no' if axis not in flips else 'yes'}, since {why}.")
+            reasons.append(f"Flips along {letter}: yes, since no class keeps to one side.")
+        else:
+            names = [f"class {labels[i]}" if i else "the middle of the volume" for i in (one, other)]
+            cases = f"{100 * share[one, other]:.0f} % of the training cases"
+            reasons.append(f"Flips along {letter}: no, since {names[0]} lies beyond {names[1]} in {cases}.")
     return tuple(flips), reasons
 
 
