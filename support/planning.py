@@ -118,7 +118,7 @@ class Plan:
 def survey(cases: Sequence[Case], task: Task, workers=1, others=(), plan=None) -> dict[Case, Measured]:
     """Read all files once, print a line for each remark, and measure the cases that have images.
 
-    `others` has one more label map for each case. `plan` finds unlike images. A ValueError lists all problems.
+    `others` has one more label map per case, `plan` finds unlike images, and a ValueError lists all problems.
     """
     problems, remarks, measured = [], {}, {}
 

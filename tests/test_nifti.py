@@ -13,15 +13,10 @@ from support import nifti
 from support.layouts import Case
 from volumes import decathlon, save
 
-SIGNS = itertools.product((1, -1), repeat=3)
-ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), SIGNS))  # all 48
+ORIENTATIONS = [*itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3))]
 SHIFT = np.eye(4, k=3)  # added to an affine: 1 mm along x
 THICK = np.diag([1.5, 1.5, 5.0, 1.0])
-PLANES = {  # the patient's axis (R, A, S) of each axis of an image: W, H, slices
-    "axial": ((0, 1, 2), "inferior-superior"),
-    "coronal": ((0, 2, 1), "posterior-anterior"),
-    "sagittal": ((1, 2, 0), "left-right"),
-}
+VALUES = np.random.default_rng(0).integers(0, 3, (5, 6, 7)).astype(np.uint8)  # (x, y, z)
 
 
 def rotation(degrees: float, axis=(1.0, 2.0, 3.0)) -> np.ndarray:
@@ -39,46 +34,52 @@ def stored_as(volume: np.ndarray, affine: np.ndarray, order, signs) -> tuple[np.
 
 @pytest.mark.parametrize("degrees", [0, 20, 44, 46])
 def test_one_volume_reads_the_same_however_it_is_stored_and_returns_to_its_place(tmp_path, degrees):
-    volume = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8)
     affine = nib.affines.from_matvec(rotation(degrees) @ np.diag([1.5, 2.0, 5.0]), [-40, 12, 7])
-    expected = nifti.Geometry.of(affine, volume.shape).from_file(volume)
-    assert degrees or np.array_equal(expected, volume.T)  # (W, H, D) is (R, A, S)
+    expected = nifti.Geometry.of(affine, VALUES.shape).from_file(VALUES)
+    assert degrees or np.array_equal(expected, VALUES.T)  # (W, H, D) is (R, A, S)
     for order, signs in ORIENTATIONS[:: 1 if degrees == 20 else 7]:
-        array, stored = stored_as(volume, affine, order, signs)
+        array, stored = stored_as(VALUES, affine, order, signs)
         read, geometry = nifti.read_volume(save(tmp_path / "v.nii", array, stored))
         assert np.array_equal(read, expected) and geometry.spacing[0] == pytest.approx(5)
         nifti.write_label_map(tmp_path / "w.nii.gz", read, geometry)
         written = nib.load(tmp_path / "w.nii.gz")
-        assert np.array_equal(np.asarray(written.dataobj), array) and written.get_data_dtype() == np.uint8
+        assert np.array_equal(written.dataobj, array) and written.get_data_dtype() == np.uint8
         assert np.array_equal(written.affine, nib.load(tmp_path / "v.nii").affine)
 
 
-@pytest.mark.parametrize("plane", PLANES)
-def test_thick_slices_are_d_and_no_header_near_0_or_45_degrees_is_turned_otherwise(plane):
-    axes, slices = PLANES[plane]
-    aligned = np.eye(3)[:, axes] * (0.6, 0.6, 4.0)
+@pytest.mark.parametrize("axes", [(0, 1, 2), (0, 2, 1), (1, 2, 0)], ids=["axial", "coronal", "sagittal"])
+def test_thick_slices_are_d_and_no_header_near_0_or_45_degrees_is_turned_otherwise(axes):
+    aligned = np.eye(3)[:, axes] * (0.6, 0.6, 4.0)  # the patient's axis of W, H and slices
     geometry = nifti.Geometry.of(nib.affines.from_matvec(aligned), (5, 6, 7))
-    assert geometry.shape == (7, 6, 5) and geometry.slices == slices
-    assert np.array_equal(geometry.frame[:, :2], np.eye(3)[:, axes[:2]])
-    assert np.linalg.det(geometry.frame) == pytest.approx(1)  # nothing is mirrored
+    assert geometry.shape == (7, 6, 5) and np.array_equal(np.abs(geometry.frame), np.eye(3)[:, axes])
+    assert (geometry.frame[:, :2] >= 0).all() and np.linalg.det(geometry.frame) == pytest.approx(1)
     for about, angle in itertools.product(np.eye(3), range(-180, 180, 45)):
         tilted = [rotation(angle + more, about) @ aligned for more in (-14, -1, 1, 14)]
-        affines = map(nib.affines.from_matvec, tilted)
-        assert len({nifti.Geometry.of(affine, (5, 6, 7)).turn.tobytes() for affine in affines}) == 1, angle
+        turns = [nifti.Geometry.of(nib.affines.from_matvec(each), (5, 6, 7)).turn for each in tilted]
+        assert np.array_equal(turns[:-1], turns[1:]), angle
 
 
 def test_a_label_at_45_degrees_follows_its_image(tmp_path):
     affine = nib.affines.from_matvec(rotation(45, (1, 0, 0)))  # two axes are as near to inferior-superior
-    ids = np.random.default_rng(0).integers(0, 3, (5, 6, 7)).astype(np.uint8)
-    image, turned = save(tmp_path / "image.nii", ids * np.float32(9), affine), set()
+    image, turned = save(tmp_path / "image.nii", VALUES * np.float32(9), affine), set()
     for noise in (1e-7, -1e-7):
         moved = affine + noise * np.diag([0, 1, -1, 0])[[0, 2, 1, 3]]
-        label = save(tmp_path / "label.nii", ids, moved)
-        turned.add(nifti.Geometry.of(moved, ids.shape).turn.tobytes())
-        assert nifti.check_case(Case("x", (image,), label), 3).problems == []
-        like = nifti.read_image(image)[1]
-        assert np.array_equal(nifti.read_label(label, 3, like)[0] * 9, nifti.read_image(image)[0][0])
+        label = save(tmp_path / "label.nii", VALUES, moved)
+        turned.add(nifti.Geometry.of(moved, VALUES.shape).turn.tobytes())
+        grey, ids, _ = nifti.check_case(Case("x", (image,), label), 3, (), lambda *found: found).measured
+        assert np.array_equal(ids * 9, grey[0])
     assert len(turned) == 2  # without the image, rounding would decide
+
+
+def test_label_and_image_may_differ_in_axes_and_rounding_but_not_by_a_fifth_of_a_voxel(tmp_path):
+    affine = nib.affines.from_matvec(rotation(20) @ np.diag([1.5, 1.2, 4.0]), [-20, 30, 7])
+    image = save(tmp_path / "image.nii", VALUES * np.float32(9), affine)
+    labels = [(stored_as(VALUES, affine, *each), 0) for each in ORIENTATIONS[::7]]
+    for change, count in ((0.01 * SHIFT, 0), (0.2 * SHIFT, 1), (np.diag([0.04, 0, 0, 0]), 1)):  # far end
+        labels.append(((VALUES, affine @ (np.eye(4) + change)), count))
+    for stored, count in labels:
+        check = nifti.check_case(Case("x", (image,), save(tmp_path / "label.nii", *stored)), 3)
+        assert len(check.problems) == count and not check.remarks
 
 
 def write(path, array, affine=THICK, kind=nib.Nifti1Image, sform=1, qform=1, order="<", **fields) -> str:
@@ -96,15 +97,10 @@ def write(path, array, affine=THICK, kind=nib.Nifti1Image, sform=1, qform=1, ord
     return str(path)
 
 
-def metric(factor: float) -> np.ndarray:
-    return np.diag([factor, factor, factor, 1])
-
-
 # One image in the ways that it can be stored: voxels v (x, y, z), affine a in mm -> what `write` is given.
 NO_ROWS = {"srow_x": 0, "srow_y": 0, "srow_z": 0}
 STORINGS = {
     "as it is": lambda v, a: ((v, a), {}),
-    "permuted": lambda v, a: (stored_as(v, a, (2, 0, 1), (1, 1, 1)), {}),
     "mirrored": lambda v, a: (stored_as(v, a, (1, 0, 2), (1, -1, -1)), {"qform": 2}),
     "a slope": lambda v, a: ((v // 2 + 5, a), {"scl_slope": 2, "scl_inter": -10}),
     "big-endian, no offset": lambda v, a: ((v, a), {"order": ">", "vox_offset": 0}),
@@ -113,8 +109,8 @@ STORINGS = {
     "sform only": lambda v, a: ((v, a), {"qform": 0, "quatern_b": 0, "quatern_c": 0, "pixdim": 1}),
     "two forms that differ": lambda v, a: ((v, a), {"qoffset_x": 30}),
     "a zero sform": lambda v, a: ((v, a), NO_ROWS),
-    "micron": lambda v, a: ((v, metric(1e3) @ a), {"xyzt_units": 3}),
-    "metre": lambda v, a: ((v, metric(1e-3) @ a), {"xyzt_units": 1}),
+    "micron": lambda v, a: ((v, np.diag([1e3, 1e3, 1e3, 1]) @ a), {"xyzt_units": 3}),
+    "metre": lambda v, a: ((v, np.diag([1e-3, 1e-3, 1e-3, 1]) @ a), {"xyzt_units": 1}),
     "(x, y, z, 1)": lambda v, a: ((v[..., None], a), {}),
 }
 OF_A_LABEL_MAP = {"datatype", "bitpix", "scl_slope", "scl_inter", "descrip", "dim", "cal_max", "vox_offset"}
@@ -144,23 +140,20 @@ def test_however_an_image_is_stored_its_label_map_is_the_same_and_keeps_the_head
     if "NIfTI-2" not in kind:  # which ITK cannot read
         one, other = map(itk.ReadImage, (image, target))
         for corner in ([0, 0, 0], [n - 1 for n in other.GetSize()]):
-            index = corner + [0] * (one.GetDimension() - 3)
-            place = one.TransformIndexToPhysicalPoint(index)[:3]
+            place = one.TransformIndexToPhysicalPoint(corner + [0] * (one.GetDimension() - 3))[:3]
             assert np.allclose(place, other.TransformIndexToPhysicalPoint(corner))
 
 
-def test_a_geometry_without_header_gets_one_and_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch):
-    path, box = tmp_path / "x.nii.gz", nifti.Geometry(np.eye(4), (2, 3, 4), (1.0, 1.0, 1.0))
-    nifti.write_label_map(path, np.ones((2, 3, 4), np.uint8), box, "made by a test")
-    before, written = path.read_bytes(), nib.load(path)
-    assert written.header.get_xyzt_units()[0] == "mm" and np.array_equal(written.affine, np.eye(4))
-    assert written.get_sform(coded=True)[1] > 0
-    with pytest.raises(ValueError, match=r"found a label map of \(2, 3, 5\), expected \(2, 3, 4\)"):
-        nifti.write_label_map(path, np.zeros((2, 3, 5), np.uint8), box)
+def test_a_failing_write_leaves_what_was_there_and_a_damaged_file_has_no_description(tmp_path, monkeypatch):
+    geometry, path = nifti.read_header(save(tmp_path / "image.nii", VALUES))[1], tmp_path / "x.nii.gz"
+    nifti.write_label_map(path, VALUES.T, geometry, "made by a test")
+    before, files = path.read_bytes(), sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"found a label map of \(5, 6, 7\), expected \(7, 6, 5\)"):
+        nifti.write_label_map(path, VALUES, geometry)
     monkeypatch.setattr(os, "replace", lambda source, target: open(target / "no folder"))  # the last step
     with pytest.raises(OSError, match=f"{path} could not be written"):
-        nifti.write_label_map(path, np.zeros((2, 3, 4), np.uint8), box)
-    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.nii.gz"]
+        nifti.write_label_map(path, 0 * VALUES.T, geometry)
+    assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == files
     assert nifti.read_description(path) == "made by a test" and not nifti.read_description(tmp_path / "y.nii")
     path.write_bytes(before[:-8] + bytes(8))  # a wrong checksum
     assert nifti.read_description(path) == ""
@@ -168,20 +161,17 @@ def test_a_geometry_without_header_gets_one_and_a_failing_write_leaves_what_was_
 
 def test_no_flipped_bit_in_a_gzip_stream_is_read(tmp_path):
     path, rng = tmp_path / "x.nii.gz", np.random.default_rng(0)
-    good = Path(write(path, rng.integers(0, 99, (6, 6, 6), np.int16))).read_bytes()
+    good = Path(write(path, VALUES)).read_bytes()
     for bit in rng.choice(np.arange(80, 8 * len(good)), 40, replace=False):  # gzip's own header is 10 bytes
         content = bytearray(good)
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path}: found .*, expected "):
             nifti.read_volume(str(path))
-    for content in (
-        good + bytes(9),
-        gzip.compress(gzip.decompress(good) + bytes(9)),
-        good + gzip.compress(b""),
-    ):
-        path.write_bytes(content)  # padding, and a stream of two parts
-        nifti.read_volume(str(path))
+    inner = gzip.compress(gzip.decompress(good) + bytes(9))
+    for content in (good + bytes(9), inner, good + gzip.compress(b"")):  # padding, and a stream of two parts
+        path.write_bytes(content)
+        assert np.array_equal(nifti.read_volume(str(path))[0], VALUES.T)
 
 
 # kind -> (how the image or the label is spoilt, what is found). The voxels a are (x, y, z) = (12, 10, 8).
@@ -196,6 +186,7 @@ MALFORMED = {
     "label: two label maps": (lambda f, a: write(f, np.stack([a, a], 3)), "2 channels"),
     "NaN": (lambda f, a: write(f, a * np.nan), "960 voxels of NaN or infinity"),
     "beyond float32": (lambda f, a: write(f, a * np.float64(1e300)), "960 voxels of NaN"),
+    "no file": (lambda f, a: f.unlink(), "no such file"),
     "2-D": (lambda f, a: write(f, a[:, :, 0]), "shape (12, 10)"),
     "five axes": (lambda f, a: write(f, a[..., None, None].repeat(2, 4)), "shape (12, 10, 8, 1, 2)"),
     "no slices": (lambda f, a: write(f, a[:, :, :0]), "shape (12, 10, 0)"),
@@ -206,11 +197,14 @@ MALFORMED = {
     "more voxels": (lambda f, a: write(f, a, dim=[3, 12, 10, 7, 1, 1, 1, 1]), "bytes behind the last"),
     "fewer": (lambda f, a: write(f, a, dim=[3, 12, 10, 9, 1, 1, 1, 1]), "a truncated file, 3840 bytes"),
     "a claim": (lambda f, a: write(f, a, dim=[3] + 3 * [9999] + 4 * [1]), "a truncated file, its"),
-    "an offset of 100": (lambda f, a: write(f, a, vox_offset=100), "no readable NIfTI file"),
-    "half of a pair": (lambda f, a: write(f, a, magic=b"ni1"), "no readable NIfTI file"),
-    "label: a web page": (lambda f, a: f.write_bytes(gzip.compress(999 * b"404 ")), "no readable NIfTI file"),
-    "no spacing": (lambda f, a: write(f, a, srow_z=0, qform=0), "the affine"),
-    "affine NaN": (lambda f, a: write(f, a, srow_x=np.nan, qform=0), "the affine"),
+    "an offset of 100": (lambda f, a: write(f, a, vox_offset=100), "no readable NIfTI header"),
+    "half of a pair": (lambda f, a: write(f, a, magic=b"ni1"), "no readable NIfTI header"),
+    "label: a web page": (
+        lambda f, a: f.write_bytes(gzip.compress(999 * b"404 ")),
+        "no readable NIfTI header",
+    ),
+    "no spacing": (lambda f, a: write(f, a, srow_z=0, qform=0), "an affine without three axes"),
+    "affine NaN": (lambda f, a: write(f, a, srow_x=np.nan, qform=0), "an affine without"),
     "1.5 m": (lambda f, a: write(f, a, xyzt_units=1), "a spacing of [1500.0, 1500.0, 5000.0] mm"),
 }
 REMARKS = {
@@ -218,11 +212,11 @@ REMARKS = {
     "a zero sform": (lambda f, a: write(f, a, **NO_ROWS), "one of its two forms has no three axes"),
     "a broken qform": (lambda f, a: write(f, a, quatern_b=2), "one of its two forms has no three axes"),
     "no form": (lambda f, a: write(f, a, sform=0, qform=0), "no form has a code"),
-    "identity": (lambda f, a: write(f, a, np.eye(4)), "its affine is the identity"),
+    "identity": (lambda f, a: write(f, a, np.eye(4)), "its affine is the identity, so spacing"),
     "skew": (lambda f, a: write(f, a, THICK + 0.01 * np.eye(4, k=1)), "its axes are not at right"),
     "unzipped": (lambda f, a: f.write_bytes(gzip.decompress(f.read_bytes())), "the file is not comp"),
     "constant": (lambda f, a: write(f, a * 0), "all voxels of the image"),
-    "a label map": (lambda f, a: write(f, a.astype(int) % 3), "the image has only whole numbers from 0"),
+    "a label map": (lambda f, a: write(f, a.astype(int) % 3), "it has only whole numbers from 0 to 2"),
     "label: 0.999": (lambda f, a: write(f, a * 0.999), "its labels are not whole numbers"),
 }
 
@@ -230,48 +224,29 @@ REMARKS = {
 @pytest.mark.parametrize("kind", [*MALFORMED, *REMARKS])
 def test_an_odd_file_is_refused_or_remarked_by_name(tmp_path, kind):
     spoil, found = (MALFORMED | REMARKS)[kind]
-    which = "label" if kind.startswith("label") else "image"
+    which, refused = "label" if kind.startswith("label") else "image", kind in MALFORMED
     root, path = decathlon(tmp_path, 1, affine=THICK), tmp_path / f"{which}sTr/case_0.nii.gz"
     spoil(path, np.asarray(nib.load(path).dataobj))
     image, label = (str(root / f"{folder}/case_0.nii.gz") for folder in ("imagesTr", "labelsTr"))
-    with_label = kind in MALFORMED or which == "label"
-    check = nifti.check_case(Case("x", (image,), label if with_label else None), 3)
+    check = nifti.check_case(Case("x", (image,), label if refused or which == "label" else None), 3)
     (sentence,) = check.problems + check.remarks
-    assert "\n" not in sentence and bool(check.problems) == (kind in MALFORMED)
-    assert sentence.startswith(f"{path}: found {found}" if check.problems else f"{path}: {found}")
-    if check.problems:  # the readers alone refuse it too
-        with pytest.raises(ValueError) as raised:
-            own, other = nifti.read_image(image)[1], nifti.read_label(label, 3)[1]
-            nifti.check_same_place(label, other, image, own)
-        assert " ".join(str(raised.value).split()) == sentence
+    assert "\n" not in sentence and bool(check.problems) == refused
+    assert sentence.startswith(f"{path}: found {found}" if refused else f"{path}: {found}")
 
 
 def test_a_file_cut_anywhere_and_a_header_of_random_bytes_give_a_volume_or_a_reason(tmp_path):
-    rng, path = np.random.default_rng(0), tmp_path / "x.nii"
-    plain = Path(write(path, rng.integers(0, 2, (5, 6, 7), np.uint8))).read_bytes()
-    for cut, content in ((tmp_path / "cut.nii", plain), (tmp_path / "cut.nii.gz", gzip.compress(plain))):
-        for length in rng.integers(0, len(content) - 16, 15):
-            cut.write_bytes(content[:length])
-            (problem,) = nifti.check_case(Case("x", (str(cut),), None), 2).problems
-            assert problem.startswith(f"{cut}: found ")
-    for _ in range(60):
-        raw = np.array(bytearray(plain))
+    plain, rng = Path(write(tmp_path / "x.nii", VALUES)).read_bytes(), np.random.default_rng(0)
+    cut = [
+        content[:n] for content in (plain, gzip.compress(plain)) for n in rng.integers(0, len(content), 15)
+    ]
+    odd = [np.array(bytearray(plain)) for _ in range(60)]
+    for raw in odd:
         raw[rng.integers(0, 348, 3)] = rng.integers(0, 256, 3)
-        path.write_bytes(raw.tobytes())
-        check = nifti.check_case(Case("x", (str(path),), str(path)), 2)
-        assert all(problem.startswith(f"{path}: found ") for problem in check.problems)
-
-
-def test_label_and_image_may_differ_in_axes_and_rounding_but_not_by_a_fifth_of_a_voxel(tmp_path):
-    affine = nib.affines.from_matvec(rotation(20) @ np.diag([1.5, 1.2, 4.0]), [-20, 30, 7])
-    ids = np.random.default_rng(0).integers(0, 3, (6, 7, 5)).astype(np.uint8)  # (x, y, z)
-    image = save(tmp_path / "image.nii", ids * np.float32(9), affine)
-    for order, signs in ORIENTATIONS[::7]:
-        label = save(tmp_path / "label.nii", *stored_as(ids, affine, order, signs))
-        assert nifti.check_case(Case("x", (image,), label), 3) == nifti.CaseCheck([], [])
-    for change, count in ((0.01 * SHIFT, 0), (0.2 * SHIFT, 1), (np.diag([0.03, 0, 0, 0]), 1)):  # far end
-        label = save(tmp_path / "label.nii", ids, affine @ (np.eye(4) + change))
-        assert len(nifti.check_case(Case("x", (image,), label), 3).problems) == count
+    for number, content in enumerate(cut + odd):
+        (tmp_path / "x.nii").write_bytes(bytes(content))
+        problems = nifti.check_case(Case("x", (str(tmp_path / "x.nii"),), None), 3).problems
+        assert all(problem.startswith(f"{tmp_path / 'x.nii'}: found ") for problem in problems)
+        assert problems or number >= len(cut)
 
 
 def test_a_check_reads_each_file_once_and_measures_all_channels(tmp_path, monkeypatch):
