@@ -33,18 +33,14 @@ def stored_as(volume: np.ndarray, affine: np.ndarray, order, signs) -> tuple[np.
 
 
 @pytest.mark.parametrize("degrees", [0, 20, 44, 46])
-def test_one_volume_reads_the_same_however_it_is_stored_and_returns_to_its_place(tmp_path, degrees):
+def test_one_volume_reads_the_same_however_its_axes_are_stored(degrees):
     affine = nib.affines.from_matvec(rotation(degrees) @ np.diag([1.5, 2.0, 5.0]), [-40, 12, 7])
     expected = nifti.Geometry.of(affine, VALUES.shape).from_file(VALUES)
-    assert degrees or np.array_equal(expected, VALUES.T)  # (W, H, D) is (R, A, S)
-    for order, signs in ORIENTATIONS[:: 1 if degrees == 20 else 7]:
+    for order, signs in ORIENTATIONS:
         array, stored = stored_as(VALUES, affine, order, signs)
-        read, geometry = nifti.read_volume(save(tmp_path / "v.nii", array, stored))
-        assert np.array_equal(read, expected) and geometry.spacing[0] == pytest.approx(5)
-        nifti.write_label_map(tmp_path / "w.nii.gz", read, geometry)
-        written = nib.load(tmp_path / "w.nii.gz")
-        assert np.array_equal(written.dataobj, array) and written.get_data_dtype() == np.uint8
-        assert np.array_equal(written.affine, nib.load(tmp_path / "v.nii").affine)
+        geometry = nifti.Geometry.of(stored, array.shape)
+        assert np.array_equal(geometry.from_file(array), expected)
+        assert geometry.spacing[0] == pytest.approx(5)
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (0, 2, 1), (1, 2, 0)], ids=["axial", "coronal", "sagittal"])
@@ -59,27 +55,22 @@ def test_thick_slices_are_d_and_no_header_near_0_or_45_degrees_is_turned_otherwi
         assert np.array_equal(turns[:-1], turns[1:]), angle
 
 
-def test_a_label_at_45_degrees_follows_its_image(tmp_path):
-    affine = nib.affines.from_matvec(rotation(45, (1, 0, 0)))  # two axes are as near to inferior-superior
-    image, turned = save(tmp_path / "image.nii", VALUES * np.float32(9), affine), set()
-    for noise in (1e-7, -1e-7):
-        moved = affine + noise * np.diag([0, 1, -1, 0])[[0, 2, 1, 3]]
-        label = save(tmp_path / "label.nii", VALUES, moved)
-        turned.add(nifti.Geometry.of(moved, VALUES.shape).turn.tobytes())
-        grey, ids, _ = nifti.check_case(Case("x", (image,), label), 3, (), lambda *found: found).measured
-        assert np.array_equal(ids * 9, grey[0])
-    assert len(turned) == 2  # without the image, rounding would decide
-
-
-def test_label_and_image_may_differ_in_axes_and_rounding_but_not_by_a_fifth_of_a_voxel(tmp_path):
-    affine = nib.affines.from_matvec(rotation(20) @ np.diag([1.5, 1.2, 4.0]), [-20, 30, 7])
+def test_a_label_follows_its_image_and_may_differ_in_axes_and_rounding_but_not_by_a_fifth_of_a_voxel(
+    tmp_path,
+):
+    affine = nib.affines.from_matvec(rotation(45, (1, 0, 0)) @ np.diag([1.5, 1.2, 1.2]), [-20, 30, 7])
     image = save(tmp_path / "image.nii", VALUES * np.float32(9), affine)
-    labels = [(stored_as(VALUES, affine, *each), 0) for each in ORIENTATIONS[::7]]
-    for change, count in ((0.01 * SHIFT, 0), (0.2 * SHIFT, 1), (np.diag([0.04, 0, 0, 0]), 1)):  # far end
-        labels.append(((VALUES, affine @ (np.eye(4) + change)), count))
-    for stored, count in labels:
-        check = nifti.check_case(Case("x", (image,), save(tmp_path / "label.nii", *stored)), 3)
-        assert len(check.problems) == count and not check.remarks
+    noise = [affine + sign * np.diag([0, 1e-7, -1e-7, 0])[[0, 2, 1, 3]] for sign in (1, -1)]
+    turns = [nifti.Geometry.of(each, VALUES.shape).turn for each in noise]
+    assert not np.array_equal(*turns)  # at 45 degrees rounding decides which axis is D, but for the image
+    same = [*(stored_as(VALUES, affine, *each) for each in ORIENTATIONS[::7]), *((VALUES, n) for n in noise)]
+    changes = 0.01 * SHIFT, 0.2 * SHIFT, np.diag([0.04, 0, 0, 0])  # the last differs at the far end
+    moved = [(VALUES, affine @ (np.eye(4) + change)) for change in changes]
+    for number, stored in enumerate(same + moved):
+        label = save(tmp_path / "label.nii", *stored)
+        check = nifti.check_case(Case("x", (image,), label), 3, (), lambda *found: found)
+        assert len(check.problems) == (number > len(same)) and not check.remarks
+        assert check.problems or np.array_equal(check.measured[1] * 9, check.measured[0][0])
 
 
 def write(path, array, affine=THICK, kind=nib.Nifti1Image, sform=1, qform=1, order="<", **fields) -> str:
@@ -100,7 +91,7 @@ def write(path, array, affine=THICK, kind=nib.Nifti1Image, sform=1, qform=1, ord
 # One image in the ways that it can be stored: voxels v (x, y, z), affine a in mm -> what `write` is given.
 NO_ROWS = {"srow_x": 0, "srow_y": 0, "srow_z": 0}
 STORINGS = {
-    "as it is": lambda v, a: ((v, a), {}),
+    "permuted": lambda v, a: (stored_as(v, a, (2, 0, 1), (1, 1, 1)), {}),
     "mirrored": lambda v, a: (stored_as(v, a, (1, 0, 2), (1, -1, -1)), {"qform": 2}),
     "a slope": lambda v, a: ((v // 2 + 5, a), {"scl_slope": 2, "scl_inter": -10}),
     "big-endian, no offset": lambda v, a: ((v, a), {"order": ">", "vox_offset": 0}),
@@ -127,15 +118,13 @@ def test_however_an_image_is_stored_its_label_map_is_the_same_and_keeps_the_head
     reference = nifti.Geometry.of(affine, values.shape)
     assert np.array_equal(read, reference.from_file(values)[None]) and read.dtype == np.float32
     assert np.allclose(geometry.array_affine(), reference.array_affine(), atol=1e-4)
-    label = (read[0] > 400).astype(np.uint8)
-    nifti.write_label_map(target, label, geometry, "a test")
-    assert np.array_equal(nifti.read_label(target, 2)[0], label)
-    old, new = (nifti.read_header(path)[0] for path in (image, target))
+    nifti.write_label_map(target, (read[0] > 400).astype(np.uint8), geometry)
+    assert np.array_equal(nifti.read_label(target, 2)[0], read[0] > 400)
+    old, new = geometry.header, nifti.read_header(target)[0]
     changed = {name for name in old.keys() if old[name].tobytes() != new[name].tobytes()}
     assert changed <= OF_A_LABEL_MAP and old.binaryblock[:4] == new.binaryblock[:4]
     assert new["dim"].tolist() == [3, *old["dim"][1:4], 1, 1, 1, 1] and new.get_data_dtype() == np.uint8
-    assert nifti.read_description(target) == "a test" and geometry.header["descrip"] == b"a patient"
-    assert (new["scl_slope"], new["scl_inter"], new["cal_max"]) == (1, 0, 0)
+    assert (new["scl_slope"], new["scl_inter"], new["cal_max"], new["descrip"]) == (1, 0, 0, b"")
     itk = pytest.importorskip("SimpleITK")
     if "NIfTI-2" not in kind:  # which ITK cannot read
         one, other = map(itk.ReadImage, (image, target))
@@ -159,25 +148,28 @@ def test_a_failing_write_leaves_what_was_there_and_a_damaged_file_has_no_descrip
     assert nifti.read_description(path) == ""
 
 
-def test_no_flipped_bit_in_a_gzip_stream_is_read(tmp_path):
-    path, rng = tmp_path / "x.nii.gz", np.random.default_rng(0)
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+def test_a_file_that_is_cut_or_damaged_gives_a_reason_and_a_padded_one_its_volume(tmp_path, name):
+    path, rng = tmp_path / name, np.random.default_rng(0)
     good = Path(write(path, VALUES)).read_bytes()
-    for bit in rng.choice(np.arange(80, 8 * len(good)), 40, replace=False):  # gzip's own header is 10 bytes
-        content = bytearray(good)
-        content[bit // 8] ^= 1 << bit % 8
+    bad = [good[:length] for length in rng.integers(0, len(good), 15)]
+    flips = [bytearray(good) for _ in range(60)]
+    for content in flips:  # one bit of a gzip stream (its own header has 10 bytes), or a byte of the header
+        place = rng.integers(10, len(good) if name.endswith("gz") else 348)
+        content[place] ^= 1 << rng.integers(0, 8)
+    for number, content in enumerate(bad + flips):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path}: found .*, expected "):
-            nifti.read_volume(str(path))
-    inner = gzip.compress(gzip.decompress(good) + bytes(9))
-    for content in (good + bytes(9), inner, good + gzip.compress(b"")):  # padding, and a stream of two parts
-        path.write_bytes(content)
+        problems = nifti.check_case(Case("x", (str(path),), None), 3).problems
+        assert all(problem.startswith(f"{path}: found ") for problem in problems)
+        assert problems or (number >= len(bad) and name == "x.nii")
+    for content in (good + bytes(9), good + gzip.compress(b"") * name.endswith("gz")):
+        path.write_bytes(content)  # padding, and a stream of two parts
         assert np.array_equal(nifti.read_volume(str(path))[0], VALUES.T)
 
 
 # kind -> (how the image or the label is spoilt, what is found). The voxels a are (x, y, z) = (12, 10, 8).
 MALFORMED = {
     "label: a slice less": (lambda f, a: write(f, a[:, :, :-1]), "(D, H, W) = (7, 10, 12)"),
-    "label: half a voxel off": (lambda f, a: write(f, a, THICK + 0.5 * SHIFT), "the affine"),
     "label: left for right": (lambda f, a: write(f, a, THICK * [-1, 1, 1, 1]), "the affine"),
     "label: 7": (lambda f, a: write(f, a + np.uint8(7)), "the labels [7.0, 8.0, 9.0]"),
     "label: 1.02": (lambda f, a: write(f, a * 1.02), "the labels [1.02, 2.04]"),
@@ -191,19 +183,13 @@ MALFORMED = {
     "five axes": (lambda f, a: write(f, a[..., None, None].repeat(2, 4)), "shape (12, 10, 8, 1, 2)"),
     "no slices": (lambda f, a: write(f, a[:, :, :0]), "shape (12, 10, 0)"),
     "complex": (lambda f, a: write(f, a.astype(np.complex64)), "voxels of type complex64"),
-    "colours": (lambda f, a: write(f, a, datatype=128, bitpix=24), "voxels of type RGB"),
-    "truncated": (lambda f, a: f.write_bytes(f.read_bytes()[:-600]), "a truncated file"),
     "garbage behind gzip": (lambda f, a: f.write_bytes(f.read_bytes() + b"x"), "a damaged file"),
     "more voxels": (lambda f, a: write(f, a, dim=[3, 12, 10, 7, 1, 1, 1, 1]), "bytes behind the last"),
     "fewer": (lambda f, a: write(f, a, dim=[3, 12, 10, 9, 1, 1, 1, 1]), "a truncated file, 3840 bytes"),
     "a claim": (lambda f, a: write(f, a, dim=[3] + 3 * [9999] + 4 * [1]), "a truncated file, its"),
     "an offset of 100": (lambda f, a: write(f, a, vox_offset=100), "no readable NIfTI header"),
     "half of a pair": (lambda f, a: write(f, a, magic=b"ni1"), "no readable NIfTI header"),
-    "label: a web page": (
-        lambda f, a: f.write_bytes(gzip.compress(999 * b"404 ")),
-        "no readable NIfTI header",
-    ),
-    "no spacing": (lambda f, a: write(f, a, srow_z=0, qform=0), "an affine without three axes"),
+    "no spacing": (lambda f, a: write(f, a, srow_z=0, qform=0), "an affine without"),
     "affine NaN": (lambda f, a: write(f, a, srow_x=np.nan, qform=0), "an affine without"),
     "1.5 m": (lambda f, a: write(f, a, xyzt_units=1), "a spacing of [1500.0, 1500.0, 5000.0] mm"),
 }
@@ -234,32 +220,14 @@ def test_an_odd_file_is_refused_or_remarked_by_name(tmp_path, kind):
     assert sentence.startswith(f"{path}: found {found}" if refused else f"{path}: {found}")
 
 
-def test_a_file_cut_anywhere_and_a_header_of_random_bytes_give_a_volume_or_a_reason(tmp_path):
-    plain, rng = Path(write(tmp_path / "x.nii", VALUES)).read_bytes(), np.random.default_rng(0)
-    cut = [
-        content[:n] for content in (plain, gzip.compress(plain)) for n in rng.integers(0, len(content), 15)
-    ]
-    odd = [np.array(bytearray(plain)) for _ in range(60)]
-    for raw in odd:
-        raw[rng.integers(0, 348, 3)] = rng.integers(0, 256, 3)
-    for number, content in enumerate(cut + odd):
-        (tmp_path / "x.nii").write_bytes(bytes(content))
-        problems = nifti.check_case(Case("x", (str(tmp_path / "x.nii"),), None), 3).problems
-        assert all(problem.startswith(f"{tmp_path / 'x.nii'}: found ") for problem in problems)
-        assert problems or number >= len(cut)
-
-
 def test_a_check_reads_each_file_once_and_measures_all_channels(tmp_path, monkeypatch):
-    values, opened = np.random.default_rng(0).normal(size=(4, 5, 3, 2)), []
-    ids = np.ones((4, 5, 3), np.uint8)
-    one, two = write(tmp_path / "1.nii", values, THICK), write(tmp_path / "2.nii.gz", values[..., 0], THICK)
-    label, other = write(tmp_path / "label.nii", ids), write(tmp_path / "other.nii", 0 * ids)
+    values, ids, opened = np.random.default_rng(0).normal(size=(5, 6, 7, 2)), VALUES > 0, []
+    one, two = write(tmp_path / "1.nii", values), write(tmp_path / "2.nii.gz", values[..., 0])
+    label, other = (write(tmp_path / name, ids.astype(np.uint8)) for name in ("label.nii", "other.nii"))
     read = nifti.read_volume
     monkeypatch.setattr(nifti, "read_volume", lambda path, *more: opened.append(path) or read(path, *more))
     case = Case("x", (one, two), label, box_source=label)
-    image, ids_read, geometry = nifti.check_case(case, 2, [other], lambda *found: found).measured
+    image, ids_read, _ = nifti.check_case(case, 2, [other], lambda *found: found).measured
     assert np.array_equal(image, np.stack([*values.T, values[..., 0].T]).astype(np.float32))
-    assert np.array_equal(ids_read, ids.T) and geometry.shape == (3, 5, 4)
-    assert opened == [one, two, label, other]
-    write(label, ids + 5)
-    assert nifti.check_case(case, 2, measure=lambda *found: found).measured is None
+    assert np.array_equal(ids_read, ids.T) and opened == [one, two, label, other]
+    assert nifti.check_case(case, 1, measure=lambda *found: found).measured is None
