@@ -93,7 +93,7 @@ def test_checkpoint_holds_the_trained_tensors_alone_and_gives_identical_outputs(
     path, file = tmp_path / "best.pt", small if sam == "small" else None
     net, record = build_model(MaskSAMConfig(sam, **sizes), file)
     wake(net.encoder_adapters, std=0.05)
-    plan = {"spacing": [None, 1.5], "task": {"labels": ["a", "b", "c"], "channels": ["MR"]}}
+    plan = {"spacing": [None, 1.5, 1.5], "task": {"labels": ["a", "b", "c"], "channels": ["MR"]}}
     content = checkpoint_content(net, record, plan) | {"epoch": 7, "cases": {"train": ["x"], "val": []}}
     write_checkpoint(path, content)
     held = {key for key in net.state_dict() if sam == "tiny" or not key.startswith("sam.")}
