@@ -36,7 +36,7 @@ CT_WORDS = r"ct|cta|cbct|ncct|cect|hrct|ldct|mdct|msct|dect|qct|ctpa|ccta|comput
 CT_WORDS = re.compile(rf"(?:^|[\W_])(?:{CT_WORDS})(?:[\W_]|$)", re.IGNORECASE)
 MODALITY_NAMES = {name.lower(): name for name in MODALITIES}
 # Keys of dataset.json that we read or that change nothing; we name all others as not read.
-KNOWN_KEYS = """labels training numTraining numTest test file_ending tensorImageSize name dataset_name
+KNOWN_KEYS = """labels patient training numTraining numTest test file_ending tensorImageSize name dataset_name
     description author reference licence license release version converted_by""".split()
 
 
@@ -217,12 +217,14 @@ def find_images(path: str | Path, num_channels: int) -> tuple[Case, ...]:
 def _find_cardiac(root: Path, val=ACDC_VAL, test=ACDC_TEST, preset="acdc") -> dict[str, list[Case]]:
     """Find both frames of each patient. Only Info.cfg says which they are: patient 90 has 04 and 11."""
     base, splits = root / "database" if (root / "database").is_dir() else root, defaultdict(list)
+    problems = []
     for patient in sorted(base.glob("t*ing/patient[0-9]*")):  # training, testing
         number, file, testing = int(patient.name[7:]), patient / "Info.cfg", patient.parent.name == "testing"
         text = file.read_text(errors="replace") if file.is_file() else "no such file"
         frames = dict(re.findall(r"^(ED|ES):\s*(\d+)", text, re.MULTILINE))
         if len(frames) < 2:
-            raise _refusal(file, repr(text[:60]), "the lines 'ED: frame' and 'ES: frame'")
+            problems.append(f"{file}: found {text[:60]!r}, expected the lines 'ED: frame' and 'ES: frame'")
+            continue
         if (other := "phantom" if "Group: SYN" in text else "acdc") != preset:
             raise _refusal(file, f"a patient of {other}", f"{preset}; use --data {other}")
         files = _files(patient)
@@ -232,6 +234,8 @@ def _find_cardiac(root: Path, val=ACDC_VAL, test=ACDC_TEST, preset="acdc") -> di
             image = files.get(name, str(patient / f"{name}.nii.gz"))
             label = files.get(f"{name}_gt", None if testing else str(patient / f"{name}_gt.nii.gz"))
             splits[split].append(Case(name, (image,), label, (f"{patient.name}_{phase}",)))
+    if problems:
+        raise ValueError("\n".join(problems))
     return splits
 
 
@@ -274,6 +278,7 @@ def _find_folder(root: Path, fold: int, group, modality, flip) -> DataSource:
     """Find the cases of a folder in Decathlon's or nnU-Net's raw layout."""
     task, content = _read_dataset_json(root)
     task = _choose(task, modality, flip)
+    group = group or ("patient" in content and str(content["patient"])) or None  # a pattern as for --group
     whole = bool(_files(root / "imagesTr").keys() & _files(root / "labelsTr"))  # images without numbers
     parts = ((root / f"images{part}", root / f"labels{part}") for part in ("Tr", "Ts"))
     cases, tests = (list(_find_cases(*part, len(task.channels), whole)) for part in parts)

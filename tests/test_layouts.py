@@ -48,8 +48,9 @@ def test_acdc_has_the_papers_split(tmp_path):
         assert fold["test"] == splits["test"] and len({name[:10] for name in fold["val"]}) == 16
     refuses("--group .* found the published split of acdc", find_data, "acdc", tmp_path, group="(.)")
     refuses("Info.cfg: found a patient of acdc.* --data acdc", find_data, "phantom", tmp_path)
-    (tmp_path / "database/training/patient090/Info.cfg").write_text("ED: 1\n")
-    refuses("patient090/Info.cfg: found 'ED: 1", find_data, "acdc", tmp_path)
+    for number in ("001", "090"):  # both are listed
+        (tmp_path / f"database/training/patient{number}/Info.cfg").write_text("ED: 1\n")
+    refuses("patient001/Info.cfg: found 'ED: 1.*\n.*patient090/Info.cfg", find_data, "acdc", tmp_path)
 
 
 def test_synapse_has_transunets_split_less_three_and_amos_takes_ct_alone(tmp_path):
@@ -162,6 +163,8 @@ def test_a_pattern_overrides_the_guess_of_patients(tmp_path):
     refuses(r"--group \(x\): found one patient, x", find_data, root, group="(x)")
     (tmp_path / "splits_final.json").write_text('[{"train": ["a0_x", "b0_x"], "val": ["a1_x"]}]')
     assert "1 patients, such as a, are in train and in val." in find_data(root, group="^(.)").notes
+    stored = find_data(folder(tmp_path / "y", "p1_a p1_b p2_a", patient="^(..)")).notes[-1]  # in dataset.json
+    assert "3 cases are of 2 patients by the pattern ^(..)" in stored
     assert names(folder(tmp_path / "x", "x_v0 x_v1"))["val"]  # a guess of one patient is not taken
 
 
