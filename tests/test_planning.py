@@ -40,6 +40,7 @@ def test_the_plan_is_made_of_training_cases_alone_and_travels_in_a_checkpoint(tm
         assert np.allclose(plan.intensity, [(low, high, clipped.mean(), clipped.std())])
         expected = (nifti.read_image(held_out.images[0])[0].clip(low, high) - clipped.mean()) / clipped.std()
         assert np.allclose(data.prepare_case(held_out, plan).image, expected, atol=1e-4)
+    assert "Slices: D goes inferior-superior in 4 training cases." in plan.decisions
     for file in (*held_out.images, held_out.label):
         save(file, np.zeros((12, 10, 8), np.uint8), spaced(9.0, 1.0, 1.0))
     assert planned(tmp_path / "set") == plan
