@@ -12,7 +12,6 @@ Ours: all shapes and numbers below.
 
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,11 +35,10 @@ def write_phantom(root: str | Path, num_patients: int = 34, seed: int = 0) -> No
     try:
         for number in range(1, num_patients + 1):
             _write_patient(partial / f"training/patient{number:03d}", np.random.default_rng((seed, number)))
-        try:
-            os.replace(partial, root)  # an empty folder is replaced
-        except OSError:
-            if not (root / "training").is_dir():  # else another process was first, with the same files
-                raise
+        os.replace(partial, root)  # an empty folder is replaced
+    except OSError:
+        if not (root / "training").is_dir():  # else another process was first, with the same files
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -51,18 +49,10 @@ def _write_patient(folder: Path, rng: np.random.Generator) -> None:
     (folder / "Info.cfg").write_text(f"ED: 1\nES: {es}\nGroup: SYN\n")
     spacing = np.array([rng.uniform(5, 10), *[rng.uniform(1.4, 1.8)] * 2])  # (D, H, W) in mm
     shape = tuple(int(rng.integers(low, high + 1)) for low, high in ((6, 12), (96, 128), (96, 128)))
-    anatomy = draw_anatomy(rng, shape[0] * spacing[0])
-    for frame, contraction in ((1, 0.0), (es, rng.uniform(0.6, 1.0))):
-        image, label = draw_frame(anatomy, contraction, shape, spacing, rng)
-        for name, volume in ((f"frame{frame:02d}", image.astype(np.int16)), (f"frame{frame:02d}_gt", label)):
-            nifti = nib.Nifti1Image(volume.transpose(2, 1, 0), np.diag([*spacing[::-1], 1.0]))
-            nifti.header.set_xyzt_units("mm")
-            nib.save(nifti, folder / f"{folder.name}_{name}.nii.gz")
-
-
-def draw_anatomy(rng: np.random.Generator, length: float) -> SimpleNamespace:
-    """Draw what both frames of a patient share, in mm and radians, for a volume of a length in mm along D."""
-    return SimpleNamespace(
+    length = shape[0] * spacing[0]  # along D
+    anatomy = SimpleNamespace(  # what both frames share, in mm and radians
+        shape=shape,
+        spacing=spacing,
         centre=rng.uniform(-15, 15, 2),
         tilt=rng.uniform(-0.12, 0.12, 2),  # drift of the long axis, mm per mm of depth
         ends=(rng.uniform(0, 0.2) * length - 0.5 * length, 0.5 * length - rng.uniform(0, 0.15) * length),
@@ -71,21 +61,23 @@ def draw_anatomy(rng: np.random.Generator, length: float) -> SimpleNamespace:
         septum=rng.uniform(0, 2 * np.pi),  # direction from the left to the right ventricle
         squeeze=rng.uniform(0.88, 1.0),
         lobes=[*zip(rng.uniform(0, 0.05, 3), rng.uniform(0, 2 * np.pi, 3))],
-        right=(rng.uniform(1.25, 1.6), rng.uniform(1.0, 1.25), rng.uniform(0.7, 0.9)),  # reach, width, end
+        right=rng.uniform((1.25, 1.0, 0.7), (1.6, 1.25, 0.9)),  # reach, width, end
         papillary=rng.uniform(0, 2 * np.pi) + np.array([0.0, rng.uniform(1.5, 2.5)]),
         body=rng.uniform(0.9, 1.1, 2),
-        vessels=[(rng.uniform(0, 2 * np.pi), rng.uniform(1.9, 2.8), rng.uniform(6, 14)) for _ in range(5)],
+        vessels=rng.uniform((0, 1.9, 6), (2 * np.pi, 2.8, 14), (5, 3)),  # turn, distance, size
         gain=rng.uniform(0.85, 1.15, 6),
     )
+    for frame, contraction in ((1, 0.0), (es, rng.uniform(0.6, 1.0))):
+        image, label = _draw_frame(anatomy, contraction, rng)
+        for name, volume in ((f"frame{frame:02d}", image.astype(np.int16)), (f"frame{frame:02d}_gt", label)):
+            nifti = nib.Nifti1Image(volume.transpose(2, 1, 0), np.diag([*spacing[::-1], 1.0]))
+            nifti.header.set_xyzt_units("mm")
+            nib.save(nifti, folder / f"{folder.name}_{name}.nii.gz")
 
 
-def draw_frame(
-    a: SimpleNamespace, contraction: float, shape: Sequence[int], spacing: Array, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Draw a frame of an anatomy: image (D, H, W) float in [0, 4095] and class ids (D, H, W) uint8.
-
-    The contraction is 0 at end-diastole and 1 at a strong end-systole.
-    """
+def _draw_frame(a: SimpleNamespace, contraction: float, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Return image (D, H, W) in [0, 4095] and class ids uint8; contraction: 0 diastole, 1 strong systole."""
+    shape, spacing = a.shape, a.spacing
     places = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing))
     z, y, x = np.meshgrid(*places, indexing="ij", sparse=True)  # in mm from the volume's centre
     dy, dx = y - a.centre[0] - a.tilt[0] * z, x - a.centre[1] - a.tilt[1] * z  # from the long axis

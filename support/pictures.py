@@ -32,7 +32,7 @@ BOX = {"box prompt": "#ffff00"}
 class Picture(NamedTuple):
     """One case to draw, all of it on one grid."""
 
-    name: str  # the title
+    name: str  # title
     image: np.ndarray  # (D, H, W), any intensities
     truth: np.ndarray  # (D, H, W) class ids
     prediction: np.ndarray  # (D, H, W) class ids
@@ -52,10 +52,7 @@ class Query(NamedTuple):
 
 
 def sides_of(frame: np.ndarray) -> str:
-    """Return the letters for an array whose axes W, H, D have the directions `frame` (3, 3) in the patient.
-
-    Returns: "LR" or "RL" if W is nearest to the patient's left-right axis, else "".
-    """
+    """Return "LR" or "RL" for directions (3, 3) of W, H, D in the patient, or "" if W runs otherwise."""
     right, *others = frame[:, 0]
     return "" if abs(right) < max(map(abs, others)) else "LR" if right > 0 else "RL"
 
@@ -64,24 +61,24 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
     """Draw the losses, and the validation Dice by class, over the epochs of a run's log.jsonl to a PNG."""
     log = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
     scored = [entry for entry in log if entry["val_dice"] is not None]
+    epochs, scored_epochs = ([entry["epoch"] for entry in entries] for entries in (log, scored))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name in (key for key in log[0] if key.startswith("loss")):
         style = {"color": "black", "linewidth": 2} if name == "loss" else {}
-        style["label"] = name.removeprefix("loss_").replace("_", " ")
-        left.plot([entry["epoch"] for entry in log], [entry[name] for entry in log], **style)
-    left.set(xlabel="epoch", title="training loss, and its terms before weighting", yscale="log")
-    left.legend(fontsize=7, ncols=2)
-    epochs = [entry["epoch"] for entry in scored]
-    right.plot(epochs, [entry["val_dice"] for entry in scored], "k.-", label="mean")
+        label = name.removeprefix("loss_").replace("_", " ")
+        left.plot(epochs, [entry[name] for entry in log], label=label, **style)
+    right.plot(scored_epochs, [entry["val_dice"] for entry in scored], "k.-", label="mean")
     for label in scored[-1]["val_dice_per_class"] if scored else ():
         dice = [entry["val_dice_per_class"][label] for entry in scored]
-        right.plot(epochs, np.array(dice, np.float64), ".-", label=label, linewidth=1)  # None becomes a gap
+        right.plot(scored_epochs, np.array(dice, np.float64), ".-", label=label, linewidth=1)  # None: a gap
+    left.set(xlabel="epoch", title="training loss, and its terms before weighting", yscale="log")
+    left.legend(fontsize=7, ncols=2)
     right.set(xlabel="epoch", title="Dice of whole validation cases", ylim=(0, 1))
-    right.grid(alpha=0.3)
     right.legend(fontsize=7)
+    right.grid(alpha=0.3)
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)  # epochs
-    _save(figure, path)
+    _finish(figure, path)
 
 
 def choose_slices(truth: np.ndarray, prediction: np.ndarray, worst: bool = False) -> list[int]:
@@ -121,19 +118,19 @@ def draw_overlay(
         for axis, (d, panel) in zip(axes.flat, itertools.product(chosen, panels)):
             _draw_panel(axis, picture, d, panel, window, colours)
         _draw_scale(axes[0, 0], picture)
-    _finish(figure, path, labels, colours, ERRORS if "errors" in panels else {})
+    _finish(figure, path, [*zip(labels[1:], colours[1:]), *(ERRORS.items() if "errors" in panels else ())])
 
 
-def _window(filled: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> tuple[slice, slice]:
+def _window(filled: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice]:
     """Return rows and columns of a square in mm around the filled pixels (n, H, W), half as large again."""
+    filled = filled if filled.any() else ~filled  # nothing to show: the whole image
     places = [np.flatnonzero(filled.any(axes)) for axes in ((0, 2), (0, 1))]
-    extents = [1.5 * (np.ptp(p) + 1) if len(p) else n for p, n in zip(places, filled.shape[1:])]
-    side = max(extent * mm for extent, mm in zip(extents, spacing))
+    side = max(1.5 * (np.ptp(place) + 1) * mm for place, mm in zip(places, spacing))
     window = []
     for place, n, mm in zip(places, filled.shape[1:], spacing):
         width = min(max(1, int(side / mm)), n)
-        centre = int(place.min() + place.max() + 1) // 2 if len(place) else n // 2
-        low = min(max(centre - width // 2, 0), n - width)  # the window stays inside the image
+        low = int(place[0] + place[-1] + 1) // 2 - width // 2
+        low = min(max(low, 0), n - width)  # the window stays inside the image
         window.append(slice(low, low + width))
     return tuple(window)
 
@@ -144,21 +141,21 @@ def draw_queries(picture: Picture, queries: Sequence[Query], labels: Sequence[st
     Further queries than there are `COLUMNS` go below. labels: class names by id. path: PNG to write.
     """
     picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
-    whole = (slice(0, height), slice(0, width))
     bands = -(-(len(queries) + 1) // COLUMNS)  # the first place holds truth and prediction
     columns = min(COLUMNS, max(2, len(queries) + 1))
     size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3)
     figure, axes = plt.subplots(2 * bands, columns, squeeze=False, figsize=size, layout="constrained")
+    figure.suptitle(picture.name, fontsize=10, fontweight="bold")
     for axis in axes.flat:
         axis.axis("off")
     for axis, panel in zip(axes[:2, 0], ("truth", "prediction")):
-        _draw_panel(axis, picture, 0, panel, whole, colours)
+        _draw_panel(axis, picture, 0, panel, np.s_[:, :], colours)
         axis.set_title(panel, fontsize=8)
     _draw_scale(axes[0, 0], picture)
     for place, query in enumerate(queries, 1):
         upper, lower = axes.reshape(bands, 2, columns)[place // columns, :, place % columns]
         for axis, mask in ((upper, query.aux_mask), (lower, query.mask)):
-            _draw_panel(axis, picture, 0, "image", whole, colours)
+            _draw_panel(axis, picture, 0, "image", np.s_[:, :], colours)
             if mask is not None:
                 shade = matplotlib.colors.to_rgba_array(colours[query.class_id], 0.5 * mask.ravel())
                 axis.imshow(shade.reshape(height, width, 4), origin="lower", aspect=axis.get_aspect())
@@ -169,8 +166,7 @@ def draw_queries(picture: Picture, queries: Sequence[Query], labels: Sequence[st
         name = f"query {query.number}: {labels[query.class_id]} {query.probability:.2f}"
         upper.set_title(f"{name}\nprompts: {'box' if query.aux_mask is None else 'mask and box'}", fontsize=8)
         lower.set_title("final mask", fontsize=8)
-    figure.suptitle(picture.name, fontsize=10, fontweight="bold")
-    _finish(figure, path, labels, colours, BOX)
+    _finish(figure, path, [*zip(labels[1:], colours[1:]), *BOX.items()])
 
 
 def _colours(labels: Sequence[str]) -> list:
@@ -193,10 +189,9 @@ def _draw_panel(axis: plt.Axes, picture: Picture, d: int, panel: str, window: tu
     aspect = picture.spacing[1] / picture.spacing[2]
     axis.imshow(picture.image[d, *window], cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect)
     title = f"slice {d}, {panel}"
-    if panel in ("truth", "prediction"):
-        label_map = truth if panel == "truth" else prediction
-        for class_id in np.unique(label_map[label_map > 0]):
-            _draw_contour(axis, label_map == class_id, colours[class_id])
+    label_map = {"truth": truth, "prediction": prediction}.get(panel, truth * 0)
+    for class_id in np.unique(label_map[label_map > 0]):
+        _draw_contour(axis, label_map == class_id, colours[class_id])
     if panel == "errors":
         # 0 where both agree, else 1, 2 or 3 in the order of `ERRORS`.
         errors = np.select([truth == prediction, truth == 0, prediction == 0], [0, 1, 2], 3)
@@ -229,19 +224,14 @@ def _draw_scale(axis: plt.Axes, picture: Picture) -> None:
         axis.text(x, 0.5, letter, color="white", fontsize=8, bbox=black | {"alpha": 0.6, "pad": 1}, **place)
 
 
-def _finish(figure: plt.Figure, path, labels: Sequence[str], colours: list, others: dict[str, str]) -> None:
-    """Name the classes and other colours below the panels, write the figure whole, and close it."""
-    entries = [*zip(labels[1:], colours[1:]), *others.items()]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries]
-    entry_width = 0.65 + 0.075 * max(len(name) for name, _ in entries)  # inches, for letters of 9 points
-    columns = min(len(handles), max(1, int(figure.get_figwidth() / entry_width)))
-    figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * -(-len(handles) // columns))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
-    _save(figure, path)
-
-
-def _save(figure: plt.Figure, path: str | Path) -> None:
-    """Write a figure whole or not at all, and close it."""
+def _finish(figure: plt.Figure, path: str | Path, entries: Sequence[tuple] = ()) -> None:
+    """Name colours, entries (name, colour), below the panels; write the figure whole, and close it."""
+    if entries:
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in entries]
+        entry_width = 0.65 + 0.075 * max(len(name) for name, _ in entries)  # inches, for letters of 9 points
+        columns = min(len(handles), max(1, int(figure.get_figwidth() / entry_width)))
+        figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * -(-len(handles) // columns))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     try:
         write_whole(Path(path), lambda file: figure.savefig(file, format="png", dpi=130))
     finally:

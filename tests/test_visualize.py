@@ -1,6 +1,6 @@
 """Commands that draw: the right cases, slices and queries, ranked as they were scored."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +13,7 @@ from model import MaskSAMConfig, build_model, checkpoint_content
 from support import layouts, nifti, phantom, pictures
 from support.checkpoints import write_checkpoint
 from tools import visualize
-from volumes import save
+from volumes import planned, save
 
 
 def test_worst_median_and_best_are_by_the_mean_over_scored_classes():
@@ -38,11 +38,9 @@ def test_queries_that_are_an_object_come_in_the_order_of_their_probability():
     masks[1, 3] = -masks[1, 2]
     outputs = {"class_logits": torch.stack([torch.eye(4) * 9, torch.tensor(classes).log()])}
 
-    def model(volume):
-        return outputs | {"mask_logits": masks, "aux_mask_logits": -masks}
-
-    model.config = SimpleNamespace(num_classes=3)
-    model.prompt_generator = SimpleNamespace(prompts=lambda aux, size, given: (boxes, None))
+    outputs |= {"mask_logits": masks, "aux_mask_logits": -masks}
+    model = Mock(return_value=outputs, config=Mock(num_classes=3))
+    model.prompt_generator.prompts.return_value = boxes, None
     found, label_map = visualize.find_queries(model, torch.zeros(1, 2, 20, 40), 1)
     assert np.allclose([query[:3] for query in found], [(2, 2, 0.9), (0, 1, 0.6), (3, 0, 0.4)])
     assert np.allclose([query.box for query in found], boxes[1, [2, 0, 3]])
@@ -72,10 +70,9 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
     torch.manual_seed(0)
     model, sam = build_model(MaskSAMConfig("tiny", "b9", 1, 4, 4, (4, 64, 64), (64, 64)))
     torch.nn.init.normal_(model.class_tokens, std=5)
-    plan = data.make_plan(source, [*data.survey(source.splits["train"], source.task).values()])
-    content = checkpoint_content(model, sam, plan.as_dict()) | {"epoch": 1}
-    arguments = {"data": "phantom", "root": "data/phantom"}
-    write_checkpoint(tmp_path / "x.pt", content | {"arguments": arguments, "cases": {"train": [], "val": []}})
+    content = {"epoch": 1, "arguments": {"data": "phantom", "root": "data/phantom"}}
+    content |= checkpoint_content(model, sam, planned(source).as_dict()) | {"cases": {"train": [], "val": []}}
+    write_checkpoint(tmp_path / "x.pt", content)
     (tmp_path / "net").mkdir()
     for shift, case in ((3, first), (6, second)):
         label, geometry = nifti.read_label(case.label, 4)
@@ -84,9 +81,7 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
 
     figures, shown, net = [], [], "--predictions net --data phantom"
     draw = pictures.draw_overlay
-    monkeypatch.setattr(
-        visualize, "draw_overlay", lambda *a, **options: shown.extend(a[0]) or draw(*a, **options)
-    )
+    monkeypatch.setattr(visualize, "draw_overlay", lambda *a, **kw: shown.extend(a[0]) or draw(*a, **kw))
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, **options: file.write(b"png"))
     ask = f"queries --ckpt x.pt --case {second.name}"
@@ -106,9 +101,8 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
         assert figure.get_suptitle() == title
     plt.close("all")
 
-    save(
-        f"net/{second.name}.nii.gz", label.transpose(), geometry.affine + 20 * np.eye(4, k=3)
-    )  # moved along x
+    moved = geometry.affine + 20 * np.eye(4, k=3)  # along x
+    save(f"net/{second.name}.nii.gz", label.transpose(), moved)
     for line, words in (
         (f"compare {net} --case nobody", f"no case nobody, .*: {first.name}, "),
         (f"compare {net}", f"{second.name}.nii.gz: found the affine"),

@@ -1,11 +1,8 @@
 """Draw predictions beside the truth, and the prompts and masks of the queries (paper fig. 1, 6, 7).
 
-Each command writes one PNG: image, truth, prediction and errors of some cases; the worst, the median and the
-best case that evaluate.py scored; the prompts and the masks of the queries in one slice.
-
-    python -m tools.visualize compare --predictions DIR --data acdc --root DIR
-    python -m tools.visualize sheet --predictions DIR
-    python -m tools.visualize queries --ckpt FILE --case NAME
+python -m tools.visualize compare --predictions DIR --data acdc --root DIR    image, truth, prediction, errors
+python -m tools.visualize sheet --predictions DIR           the worst, the median and the best case, as scored
+python -m tools.visualize queries --ckpt FILE --case NAME   the prompts and masks of the queries in a slice
 """
 
 import os
@@ -66,17 +63,19 @@ def cut_window(prepared: data.Prepared, d: int, size: Sequence[int]) -> tuple[Te
 
 def rank_cases(results: dict) -> dict[str, str]:
     """Return titles for the cases of the worst, the median (the lower of two) and the best mean Dice."""
-    means, titles = {}, {}
+    ranked, titles = [], {}
     for case, scores in results["per_case"].items():
         values = [[scores[name]["dice"], scores[name]["hd95"]] for name in results["scored"]]
-        means[case] = known_mean(np.array(values, np.float64), 0)  # None becomes NaN
-    ranked = sorted((case for case in means if not np.isnan(means[case][0])), key=lambda case: means[case][0])
+        dice, hd95 = known_mean(np.array(values, np.float64), 0)  # None becomes NaN
+        if not np.isnan(dice):
+            ranked.append((dice, hd95, case))
     if not ranked:
         raise ValueError("no case with a Dice")
+    ranked.sort(key=lambda row: row[0])
     unit, last = "mm" if results["convention"] == "masksam" else "voxels", len(ranked) - 1
     for i, place in sorted({last: "best", last // 2: "median", 0: "worst"}.items()):  # the later name wins
-        dice, hd95 = means[ranked[i]]
-        titles[ranked[i]] = f"{place}: {ranked[i]}, mean Dice {dice:.3f}, HD95 {hd95:.1f} {unit}"
+        dice, hd95, case = ranked[i]
+        titles[case] = f"{place}: {case}, mean Dice {dice:.3f}, HD95 {hd95:.1f} {unit}"
     return titles
 
 
@@ -93,11 +92,10 @@ def draw(args, source: layouts.DataSource, cases: Sequence[layouts.Case], titles
     files = dict(zip(cases, layouts.find_predictions(cases, args.predictions)))
     pictures, labels = [], source.task.labels
     for name, title in titles.items():
-        case = find_case(cases, name)
+        case, maps = find_case(cases, name), []
         if case.label is None:
             raise ValueError(f"{name}: found no label file, expected a truth to compare with")
         image, place = nifti.read_image(case.images[0])
-        maps = []
         for path in (case.label, str(files[case])):
             label_map, own_place = nifti.read_label(path, len(labels), place)
             nifti.check_same_place(path, own_place, case.images[0], place)
@@ -133,34 +131,30 @@ def sheet(args: argparse.Namespace) -> None:
 
 def queries(args: argparse.Namespace) -> None:
     """Draw the prompts and the final masks of the queries in one slice of a case."""
-    model, content = load_checkpoint(args.ckpt[0], args.sam_checkpoint)
+    (file,) = args.ckpt
+    model, content = load_checkpoint(file, args.sam_checkpoint)
     if model.config.given_boxes:
-        raise ValueError(
-            f"{args.ckpt[0]}: found a model that is given its boxes, expected one that makes them"
-        )
+        raise ValueError(f"{file}: found a model that is given its boxes, expected one that makes them")
     plan = data.Plan.from_dict(content["plan"])
     case = find_case(evaluate.find_cases(args, [content])[1], args.case[0])
     prepared = data.prepare_case(case, plan)
+    geometry, unknown = prepared.geometry, prepared.label is None
     # Slices on the plan's grid and in the file: the plan may change their distance.
-    depth, native_depth = len(prepared.image[0]), prepared.geometry.shape[0]
+    depth, native_depth = len(prepared.image[0]), geometry.shape[0]
     if args.slice is None:
-        d = depth // 2 if prepared.label is None else int((prepared.label > 0).sum((1, 2)).argmax())
+        d = depth // 2 if unknown else int((prepared.label > 0).sum((1, 2)).argmax())
         args.slice = int((d + 0.5) * native_depth / depth)
     if not 0 <= args.slice < native_depth:
         raise ValueError(f"--slice {args.slice}: {case.name} has the slices 0 to {native_depth - 1}")
     d = int((args.slice + 0.5) * depth / native_depth)
     patch, label, index = cut_window(prepared, d, model.config.patch_size)
     found, label_map = find_queries(model, patch, index)
-    spacing = [old if new is None else new for old, new in zip(prepared.geometry.spacing, plan.spacing)]
-    title = f"{case.name}, slice {args.slice}" + (", truth unknown" if prepared.label is None else "")
+    title = f"{case.name}, slice {args.slice}" + (", truth unknown" if unknown else "")
     title += f"\nqueries: {len(found)}, left out as no object: {model.config.num_queries - len(found)}"
-    arrays, sides = (
-        (patch[0, index, None].numpy(), label[index, None].numpy(), label_map[None]),
-        prepared.geometry,
-    )
-    draw_queries(
-        Picture(title, *arrays, spacing, sides_of(sides.frame)), found, plan.task.labels, args.output
-    )
+    spacing = [old if new is None else new for old, new in zip(geometry.spacing, plan.spacing)]
+    maps = patch[0, index, None].numpy(), label[index, None].numpy(), label_map[None]
+    picture = Picture(title, *maps, spacing, sides_of(geometry.frame))
+    draw_queries(picture, found, plan.task.labels, args.output)
 
 
 # The commands, and the options that each of them needs.
