@@ -13,6 +13,7 @@ A case is one patient or one frame. Its files are never changed; prepared arrays
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -30,10 +31,10 @@ from matcher import Segments, masks_to_boxes
 from support.files import default_workers, make_parser, one_sentence, total_memory, write_text, write_whole
 from support.layouts import Case, DataSource, find_data
 from support.nifti import Geometry, check_same_place, read_header, read_image, read_label
-from support.planning import Measured, Plan, make_plan, parallel, survey
-from support.presets import Task
+from support.planning import Plan, make_plan, parallel, print_info, survey
 
 Array, Shape = np.ndarray, Sequence[int]
+SLAB = 8  # Ours: `resample_scores` makes the scores of all classes for at most 8 slices at once
 
 
 def normalise(channel: Array, modality: str, intensity: Sequence[float] | None) -> Array:
@@ -41,14 +42,12 @@ def normalise(channel: Array, modality: str, intensity: Sequence[float] | None) 
     if modality == "CT":
         low, high, mean, deviation = intensity
         return (channel.clip(low, high) - mean) / max(deviation, 1e-8)
-    if modality == "noNorm":
-        return channel
     if modality == "MR":
         shift, scale = channel.mean(dtype=np.float64), channel.std(dtype=np.float64)
-    elif modality == "rgb_to_0_1":
-        shift, scale = 0.0, 255.0
-    else:  # rescale_to_0_1
+    elif modality == "rescale_to_0_1":
         shift, scale = np.float64(channel.min()), np.float64(channel.max()) - channel.min()
+    else:
+        shift, scale = 0.0, {"rgb_to_0_1": 255.0, "noNorm": 1.0}[modality]
     return ((channel - shift) / max(scale, 1e-8)).astype(np.float32)
 
 
@@ -78,57 +77,49 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
 
     Raises: ValueError if `survey` would list a problem, or if the case does not fit into memory on the grid.
     """
-    channels, geometry = read_image(case.images[0])  # (C, D, H, W), turned as the first file decides
-    for path in case.images[1:]:
+    first, *others = case.images
+    channels, geometry = read_image(first)  # (C, D, H, W), turned as this file decides
+    for path in others:
         more, place = read_image(path, geometry)
-        check_same_place(path, place, case.images[0], geometry)
+        check_same_place(path, place, first, geometry)
         channels = np.concatenate([channels, more])
-    num_classes = len(plan.task.labels)
     if len(channels) != len(plan.task.channels):
         expected = f"{len(plan.task.channels)}: {', '.join(plan.task.channels)}"
-        raise ValueError(f"{case.images[0]}: found {len(channels)} channels, expected {expected}")
+        raise ValueError(f"{first}: found {len(channels)} channels, expected {expected}")
     axes = zip(geometry.shape, geometry.spacing, plan.spacing)
     shape = tuple(n if new is None else max(1, round(n * old / new)) for n, old, new in axes)
-    needed = 32 * len(channels) * np.prod(shape, dtype=float)  # Ours: bytes while a case is prepared
+    needed = 32 * len(channels) * np.prod(shape, dtype=float)  # Ours: bytes to prepare a case
     if needed > total_memory():
-        raise ValueError(
-            f"{case.images[0]}: found {shape} voxels after resampling to {plan.spacing} mm, which need "
-            f"{needed / 2**30:.0f} GiB; expected spacings near those of the training cases"
-        )
-    # Ours (as nnU-Net): cubic splines, but no mixing of thick slices, which may show different things.
+        found = f"{shape} voxels after resampling to {plan.spacing} mm, which need {needed / 2**30:.0f} GiB"
+        raise ValueError(f"{first}: found {found}; expected spacings near those of the training cases")
+    # Ours (as nnU-Net): cubic splines, but thick slices are copied and not mixed: they may differ a lot.
     depth_order = 0 if geometry.spacing[0] > 3 * min(geometry.spacing) else 3
     normal = map(normalise, channels, plan.task.modality, plan.intensity)
-    image = np.stack([resample(each, shape, 3, depth_order) for each in normal], dtype=np.float32)
+    image = np.stack([resample(each, shape, depth_order) for each in normal], dtype=np.float32)
     if not np.isfinite(image).all():
-        raise ValueError(f"{case.images[0]}: found numbers beyond float32 when normalised, expected an image")
-
-    def on_the_grid(path: str | None) -> Array | None:
-        if path is None:
-            return None
-        label, label_geometry = read_label(path, num_classes, geometry)
-        check_same_place(path, label_geometry, case.images[0], geometry)
-        return resample_label(label, shape)
-
-    return Prepared(image, on_the_grid(case.label), geometry, on_the_grid(case.box_source))
+        raise ValueError(f"{first}: found numbers beyond float32 when normalised, expected an image")
+    label_maps = {None: None}  # file -> class ids on the plan's grid
+    for path in filter(None, (case.label, case.box_source)):
+        label, place = read_label(path, len(plan.task.labels), geometry)
+        check_same_place(path, place, first, geometry)
+        label_maps[path] = resample_label(label, shape)
+    return Prepared(image, label_maps[case.label], geometry, label_maps[case.box_source])
 
 
-def resample(volume: Array, shape: Shape, order: int, depth_order: int) -> Array:
-    """Resample (D, H, W) to another shape over the same extent, by splines of two orders."""
+def resample(volume: Array, shape: Shape, depth_order: int) -> Array:
+    """Resample (D, H, W) to a shape of the same extent by splines: cubic in plane, `depth_order` along D."""
     depth, *plane = np.divide(shape, volume.shape)
-    options = {"mode": "nearest", "grid_mode": True}  # grid_mode keeps the volume's outer faces in place
-    if plane != [1, 1]:  # slice by slice, since a spline along D costs time and changes nothing
-        volume = np.stack([ndimage.zoom(part, plane, order=order, **options) for part in volume])
-    return volume if depth == 1 else ndimage.zoom(volume, (depth, 1, 1), order=depth_order, **options)
-
-
-SLAB = 8  # Ours: number of slices for which the scores of all classes are in memory at once
+    zoom = functools.partial(ndimage.zoom, mode="nearest", grid_mode=True)  # grid_mode keeps the extent
+    if plane != [1, 1]:  # slice by slice, since a spline along D would cost time and change nothing
+        volume = np.stack([zoom(part, plane, order=3) for part in volume])
+    return volume if depth == 1 else zoom(volume, (depth, 1, 1), order=depth_order)
 
 
 def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Shape) -> Iterator[Tensor]:
-    """Resample a semantic map to `shape` (D', H', W'), trilinearly and over the same extent as `resample`.
+    """Resample a semantic map (K, depth, H, W) trilinearly to `shape` (D', H', W') over the same extent.
 
-    Slices come in order, as (K, d, H, W) with `depth` in all, and go as (K, n, H', W') float32 with n up to
-    `SLAB`, so neither grid is in memory as a whole for all classes.
+    The scores of all classes may not fit into memory, so the map comes in parts (K, d, H, W) of any depth d,
+    and leaves in parts (K, n, H', W') float32, n <= `SLAB`.
     """
     slabs = iter(slabs)
     places = ((torch.arange(shape[0]) + 0.5) * (depth / shape[0]) - 0.5).clamp(0, depth - 1)  # (D')
@@ -148,121 +139,104 @@ def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Shape) -> Iterat
 def resample_label(label: Array, shape: Shape) -> Array:
     """Resample class ids (D, H, W) to another shape over the same extent.
 
-    Ours: every class is resampled linearly and the largest wins. This keeps thin classes; "nearest" does not.
+    Ours: each class is resampled linearly, and the largest wins. This keeps thin classes; "nearest" does not.
     """
     if label.shape == tuple(shape):
         return label
     ids = np.unique(label)  # absent classes cannot win
-    slabs = (label[start : start + SLAB] == ids[:, None, None, None] for start in range(0, len(label), SLAB))
-    scores = resample_scores(
-        map(torch.from_numpy, slabs), len(label), shape
-    )  # (classes, d, H, W) -> (.., n, H', W')
-    return ids[torch.cat([part.argmax(0).to(torch.uint8) for part in scores]).numpy()]
+    starts = range(0, len(label), SLAB)
+    slabs = (torch.from_numpy(label[i : i + SLAB] == ids[:, None, None, None]) for i in starts)
+    winners = [scores.argmax(0).to(torch.uint8) for scores in resample_scores(slabs, len(label), shape)]
+    return ids[torch.cat(winners).numpy()]
 
 
 # ------------------------------------------------------------------------------------------------------ cache
 
 RECIPE = 4  # part of every file name: raise it when `prepare_case` or `Plan` change what they make
-PARTS = (
-    "image",
-    "minimum",
-    "foreground",
-    "label",
-)  # files of a case; CASE-KEY.json with their sums is the last
+# Each case has the files CASE-KEY.PART.npy, which are memory-mapped ("r") or read, and CASE-KEY.json.
+PARTS = {"image": "r", "minimum": None, "foreground": None, "label": "r"}
 
 
-def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1, verify: bool = True) -> Plan:
-    """Check all files, make the plan, and write the arrays of every labelled case that are not there yet.
+def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan:
+    """Check all files, make the plan, and write the arrays of labelled cases that are missing or damaged.
 
-    Arrays that do not match their stored checksums are made again, unless `verify` is off.
     If files have problems, nothing is written, and a ValueError lists them all.
     """
     folder, cases = Path(cache_dir), sum(source.splits.values(), ())
-    paths = [path for case in cases for path in (*case.images, case.label, case.box_source) if path]
+    paths = [path for case in cases for path in (*case.images, case.label, case.box_source)]
     plan_file = folder / f"plan-{file_key(dataclasses.asdict(source), paths)}.json"  # written after the check
-    if plan_file.is_file():
-        plan = Plan.from_dict(json.loads(plan_file.read_text()))
-    else:
+    if not plan_file.is_file():
         measured = survey(cases, source.task, workers)
         plan = make_plan(source, [measured[case] for case in source.splits["train"]])
         print("\n".join(plan.decisions))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(plan_file, json.dumps(plan.as_dict(), indent=1))
-
-    def write(case: Case) -> None:
-        stem, box_part = _files(case, plan, folder)
-        sums, sums_file = read_sums(stem), Path(f"{stem}.json")
-        wanted = dict.fromkeys([*PARTS, *filter(None, [box_part])])
-        if wrong := [
-            part for part in wanted if part in sums and verify and sums[part] != checksum(stem, part)
-        ]:
-            print(f"{stem}: found damaged files ({', '.join(wrong)}); the case is prepared again")
-        missing = [part for part in wanted if part not in sums or part in wrong]
-        if not missing:
-            return
-        made = prepare_case(case, plan)
-        arrays = (made.image, made.image.min((1, 2, 3)), _foreground_voxels(made.label), made.label)
-        arrays = dict(zip(PARTS, arrays)) | ({box_part: made.box_labels} if box_part not in PARTS else {})
-        for part in missing:
-            write_whole(
-                Path(f"{stem}.{part}.npy"), lambda file, part=part: np.save(file, arrays[part]), False
-            )
-            sums[part] = checksum(stem, part)
-        write_text(sums_file, json.dumps(sums))
-
+    plan = Plan.from_dict(json.loads(plan_file.read_text()))
+    write = functools.partial(_write_missing_parts, plan=plan, folder=folder)
     list(parallel(write, [case for case in cases if case.label is not None], workers, "preparing"))
     return plan
 
 
-def read_sums(stem: str) -> dict[str, list[int]]:
-    """Return the stored checksums of the parts of a case; none if the case is not prepared."""
+def _write_missing_parts(case: Case, plan: Plan, folder: Path) -> None:
+    """Write the arrays of a case that are not there or damaged, and after them the checksums of all."""
+    stem, box_part = _cached_files(case, plan, folder)
+    files = {part: Path(f"{stem}.{part}.npy") for part in (*PARTS, box_part) if part}
     try:
-        return json.loads(Path(f"{stem}.json").read_text())
+        sums = json.loads(Path(f"{stem}.json").read_text())
     except (OSError, ValueError):  # not there, or damaged
-        return {}
+        sums = {}
+    missing = [part for part, file in files.items() if sums.get(part) != _checksum(file)]
+    if not missing:
+        return
+    if damaged := [part for part in missing if part in sums]:
+        print(f"{stem}: found damaged files ({', '.join(damaged)}); the case is prepared again")
+    made = prepare_case(case, plan)
+    arrays = (made.image, made.image.min((1, 2, 3)), _foreground_voxels(made.label), made.label)
+    arrays = {box_part: made.box_labels} | dict(zip(PARTS, arrays))
+    for part in missing:
+        write_whole(files[part], lambda file, part=part: np.save(file, arrays[part]), sync=False)
+        sums[part] = _checksum(files[part])
+    write_text(Path(f"{stem}.json"), json.dumps(sums))
 
 
-def checksum(stem: str, part: str) -> list[int] | None:
-    """Return the size and the CRC of a part of a case; None if it is not there."""
-    file = Path(f"{stem}.{part}.npy")
-    return [len(content := file.read_bytes()), zlib.crc32(content)] if file.is_file() else None
+def _checksum(file: Path) -> list[int]:
+    """Return the size and the CRC of a file; those of an empty file if it is not there."""
+    content = file.read_bytes() if file.is_file() else b""
+    return [len(content), zlib.crc32(content)]
 
 
 def load_cached(case: Case, plan: Plan, cache_dir: str | Path) -> Prepared:
     """Return a case that `prepare` has written, with memory-mapped arrays."""
-    stem, box_part = _files(case, plan, cache_dir)
-    parts, geometry = _open_parts(stem), read_header(case.images[0])[1]
-    boxes = box_part and np.load(f"{stem}.{box_part}.npy", mmap_mode="r")
-    return Prepared(parts["image"], parts["label"], geometry, boxes)
+    parts = _open_parts(*_cached_files(case, plan, cache_dir))
+    return Prepared(parts["image"], parts["label"], read_header(case.images[0])[1], parts["boxes"])
 
 
 def cached_shapes(cases: Sequence[Case], plan: Plan, cache_dir: str | Path) -> list[tuple[int, ...]]:
     """Return (D, H, W) of each prepared case."""
-    return [_open_parts(_files(case, plan, cache_dir)[0])["label"].shape for case in cases]
+    return [_open_parts(*_cached_files(case, plan, cache_dir))["label"].shape for case in cases]
 
 
-def _open_parts(stem: str) -> dict[str, Array]:
+def _open_parts(stem: str, box_part: str | None) -> dict[str, Array | None]:
+    """Open the arrays of `PARTS`, and "boxes": the label map whose boxes are given, or None."""
     if not Path(f"{stem}.json").is_file():
         raise FileNotFoundError(f"{stem}.json: found no such file; run `data.py prepare` first")
-    large = ("image", "label")
-    return {part: np.load(f"{stem}.{part}.npy", mmap_mode="r" if part in large else None) for part in PARTS}
+    parts = {part: np.load(f"{stem}.{part}.npy", mode) for part, mode in PARTS.items()}
+    return parts | {"boxes": box_part and np.load(f"{stem}.{box_part}.npy", "r")}
 
 
-def _files(case: Case, plan: Plan, cache_dir: str | Path) -> tuple[str, str | None]:
-    """Return the beginning of the names of a case's cached files, and its part with given boxes or None."""
-    key = file_key(plan.as_dict(), filter(None, (*case.images, case.label)))
-    stem = str(Path(cache_dir) / f"{case.name}-{key}")
+def _cached_files(case: Case, plan: Plan, cache_dir: str | Path) -> tuple[str, str | None]:
+    """Return how the paths of a case's cached files begin, and which part has the given boxes, if any."""
+    stem = str(Path(cache_dir) / f"{case.name}-{file_key(plan.as_dict(), (*case.images, case.label))}")
     if case.box_source is None:
         return stem, None
-    # The boxes are those of the case's own label, or of a further file.
-    same = case.box_source == case.label
-    return stem, "label" if same else f"boxes-{file_key(None, [case.box_source])}"
+    own = case.box_source == case.label  # The boxes of the true label map need no file of their own.
+    return stem, "label" if own else f"boxes-{file_key(None, [case.box_source])}"
 
 
-def file_key(settings, paths: Iterable[str | Path]) -> str:
-    """Return 16 characters that change with a setting (of JSON's types), or a file's path, size or time."""
-    paths = filter(os.path.exists, paths)
-    files = [(os.path.abspath(path), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
+def file_key(settings, paths: Iterable[str | Path | None]) -> str:
+    """Return 16 characters that stand for settings (JSON's types) and for paths, sizes and times of files."""
+    there = [path for path in paths if path and os.path.exists(path)]
+    files = [(os.path.abspath(path), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in there]
     return hashlib.sha256(json.dumps([RECIPE, settings, files]).encode()).hexdigest()[:16]
 
 
@@ -270,8 +244,7 @@ def _foreground_voxels(label: Array) -> Array:
     """Draw up to 1,000 voxels of each class (Ours) to centre patches on: (n, 4) class, d, h, w."""
     rng, voxels = np.random.default_rng(0), [np.zeros((0, 4), np.int32)]
     for class_id in np.unique(label[label > 0]):
-        places = np.argwhere(label == class_id)
-        places = places[rng.permutation(len(places))[:1000]]
+        places = rng.permutation(np.argwhere(label == class_id))[:1000]
         voxels.append(np.insert(places, 0, class_id, axis=1).astype(np.int32))
     return np.concatenate(voxels)
 
@@ -310,9 +283,9 @@ class PatchDataset(torch.utils.data.Dataset):
     augment: bool = True
 
     def __post_init__(self):
-        self.files = [_files(case, self.plan, self.cache_dir) for case in self.cases]
-        for stem, _ in self.files:
-            _open_parts(stem)
+        self.files = [_cached_files(case, self.plan, self.cache_dir) for case in self.cases]
+        for files in self.files:
+            _open_parts(*files)  # A case that is not prepared is refused at the start.
 
     def __len__(self) -> int:
         return self.length
@@ -322,21 +295,17 @@ class PatchDataset(torch.utils.data.Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"patch {index} of {self.length}")  # this ends a `for` loop over the data set
         rng = np.random.default_rng((self.seed, index))
-        stem, box_part = self.files[rng.integers(len(self.files))]
-        case = _open_parts(stem)
+        case = _open_parts(*self.files[rng.integers(len(self.files))])
         low = self._corner(case["label"].shape, case["foreground"], rng)
-        angle, scale = 0.0, 1.0
-        if self.augment:
-            angle = rng.uniform(*ROTATION[1]) if rng.random() < ROTATION[0] else angle
-            scale = np.exp(rng.uniform(*np.log(SCALING[1]))) if rng.random() < SCALING[0] else scale
+        angle = rng.uniform(*ROTATION[1]) if self.augment and rng.random() < ROTATION[0] else 0
+        scale = np.exp(rng.uniform(*np.log(SCALING[1]))) if self.augment and rng.random() < SCALING[0] else 1
         place = (case["minimum"], low, self.patch_size, angle, scale)
         image, label = cut(case["image"], case["label"], *place)
         axes = [axis for axis in self.plan.task.flip_axes if self.augment and rng.random() < FLIP]
         image, label = image.flip([axis + 1 for axis in axes]), label.flip(axes)
-        if self.augment:
-            image = change_intensities(image, rng)
-        if box_part:  # this label map takes the same way as the true one
-            _, box_labels = cut(case["image"], np.load(f"{stem}.{box_part}.npy", mmap_mode="r"), *place)
+        image = change_intensities(image, rng) if self.augment else image
+        if case["boxes"] is not None:  # cut and flipped as the true label map
+            _, box_labels = cut(case["image"], case["boxes"], *place)
             image = torch.cat([image, box_labels.flip(axes)[None].to(image)])
         return image, label
 
@@ -345,7 +314,7 @@ class PatchDataset(torch.utils.data.Dataset):
         spare = [n - p for n, p in zip(shape, self.patch_size)]
         if len(foreground) and rng.random() < FOREGROUND_SHARE:
             classes = foreground[:, 0]
-            voxel = foreground[rng.choice(np.flatnonzero(classes == rng.choice(np.unique(classes)))), 1:]
+            voxel = rng.choice(foreground[classes == rng.choice(np.unique(classes)), 1:])
             wanted = [int(v) - p // 2 for v, p in zip(voxel, self.patch_size)]
         else:
             wanted = [int(rng.integers(max(s, 0) + 1)) for s in spare]
@@ -365,11 +334,10 @@ def cut(
     Returns: image (C, *size) float32 and class ids (*size) int64.
     """
     depth, height, width = size
-    y = torch.arange(height)[:, None] - (height - 1) / 2
-    x = torch.arange(width)[None] - (width - 1) / 2
-    # (H, W) each: row and column of the volume, in voxels, for each pixel of the patch
-    rows = low[1] + (height - 1) / 2 + scale * (np.cos(angle) * y - np.sin(angle) * x)
-    columns = low[2] + (width - 1) / 2 + scale * (np.sin(angle) * y + np.cos(angle) * x)
+    y, x = (torch.arange(n) - (n - 1) / 2 for n in (height, width))  # pixels, from the patch's centre
+    # (H, W) each: the row and the column of the volume that each pixel of the patch shows
+    rows = low[1] + (height - 1) / 2 + scale * (np.cos(angle) * y[:, None] - np.sin(angle) * x)
+    columns = low[2] + (width - 1) / 2 + scale * (np.sin(angle) * y[:, None] + np.cos(angle) * x)
     window, grid = [slice(max(low[0], 0), min(low[0] + depth, label.shape[0]))], []
     for places, n in ((rows, label.shape[1]), (columns, label.shape[2])):
         first = min(max(int(places.min()) - 1, 0), n - 1)  # one more pixel on each side to interpolate
@@ -377,7 +345,7 @@ def cut(
         window.append(slice(first, stop))
         grid.insert(0, (2 * (places - first) + 1) / (stop - first) - 1)  # x before y, -1 to 1
     grid = torch.stack(grid, dim=-1)[None].float()  # (1, H, W, 2)
-    part = torch.from_numpy(np.array(image[(slice(None), *window)]))
+    part = torch.from_numpy(np.array(image[:, *window]))
     part_label = torch.from_numpy(np.array(label[tuple(window)])).float()
     floor = torch.from_numpy(minimum)[:, None, None, None]
 
@@ -395,7 +363,7 @@ def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Change an image (C, D, H, W), all channels alike, by each kind of augmentation with its probability."""
 
     def draw(kind: tuple[float, tuple[float, float]]) -> float | None:
-        value = rng.uniform(*kind[1])  # always drawn, so a probability does not move the other kinds
+        value = rng.uniform(*kind[1])  # drawn even if it is not used, so a probability changes no other kind
         return value if rng.random() < kind[0] else None
 
     if (deviation := draw(NOISE)) is not None:
@@ -430,31 +398,9 @@ def label_map_to_segments(labels: Tensor, num_classes: int) -> Segments:
     return Segments(masks, masks_to_boxes(masks), masks.flatten(2).any(-1))
 
 
-def print_info(task: Task, measured: Sequence[Measured]) -> None:
-    """Print sizes, spacings and intensities of all cases, and volumes of the classes of labelled cases."""
-    print(f"\n{'over cases':32s}{'min':>12s}{'median':>12s}{'max':>12s}")
-    names = ["slices D", "rows H", "columns W", "spacing D, mm", "spacing H, mm", "spacing W, mm"]
-    values = ("0.5 percentile", "median", "99.5 percentile")
-    names += [f"{channel[:14]}, {value}" for channel in task.channels for value in values]
-    rows = [(*m.geometry.shape, *m.geometry.spacing, *m.percentiles.flat) for m in measured]
-    for name, column in zip(names, zip(*rows)):
-        print(f"{name:32s}{min(column):12.5g}{np.median(column):12.5g}{max(column):12.5g}")
-    print(f"\n{'class':32s}{'cases':>12s}{'median ml':>12s}{'% voxels':>12s}")
-    labelled = [m for m in measured if m.counts[1:].any()]
-    counts = np.array([m.counts for m in labelled])  # (cases, K)
-    ml = counts * np.array([[np.prod(m.geometry.spacing) / 1000] for m in labelled])
-    for i, name in [*enumerate(task.labels)][1:]:
-        present = counts[:, i] > 0
-        median = np.median(ml[present, i]) if present.any() else np.nan
-        print(
-            f"{name:32s}{present.sum():12d}{median:12.4g}{100 * (counts[:, i] / counts.sum(1)).mean():12.3g}"
-        )
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    common = "data root fold group modality flip cache workers".split()
-    parser = make_parser(__doc__, *common, data="phantom")
+    parser = make_parser(__doc__, *"data root fold group modality flip cache workers".split(), data="phantom")
     parser.add_argument("action", choices=("check", "prepare", "info"))
     return parser.parse_args(argv)
 
@@ -471,9 +417,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{cache}: found or made {sum(case.label is not None for case in cases)} prepared cases")
             return
         measured = survey(cases, source.task, workers)
-        counts = ", ".join(f"{name} {len(cases)}" for name, cases in source.splits.items())
+        counts = ", ".join(f"{name} {len(part)}" for name, part in source.splits.items())
         print(f"{source.root}: no problems in {len(cases)} cases ({counts})")
-        print("\n".join((plan := make_plan(source, [measured[c] for c in source.splits["train"]])).decisions))
+        plan = make_plan(source, [measured[case] for case in source.splits["train"]])
+        print("\n".join(plan.decisions))
         if args.action == "info":
             print_info(plan.task, list(measured.values()))
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from model import MaskSAM, load_checkpoint
 from support import files, layouts, metrics, nifti
-from support.presets import PRESETS, Task
+from support.presets import PRESETS
 
 Cases = Sequence[layouts.Case]
 
@@ -52,25 +52,12 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 def window_weights(size: Sequence[int]) -> Tensor:
     """Return the Gaussian weights of a window's voxels, at most 1.
 
-    Release: nnU-Net's sigma, 1/8 of the window. Ours: at least 1e-3, because only one window sees the corners
-    of a volume, where smaller weights would lose digits.
+    Release: nnU-Net's sigma, 1/8 of the window. Ours: at least 1e-3. Only one window covers a corner of the
+    volume, and the division by a smaller weight would lose digits there.
     """
-    weights = torch.ones(())
-    for n in size:
-        distance = torch.arange(n) - (n - 1) / 2
-        weights = weights[..., None] * torch.exp(-0.5 * (distance / (n / 8)) ** 2)
+    depth, height, width = (torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in size)
+    weights = depth[:, None, None] * height[:, None] * width
     return (weights / weights.max()).clamp(min=1e-3)
-
-
-def pad_to_window(volume: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Pad a volume (C, D, H, W) to `size` or more. Return it, and how many voxels lie before the old ones."""
-    spare = [max(p - n, 0) for p, n in zip(size, volume.shape[1:])]
-    before = [s // 2 for s in spare]
-    if any(spare):
-        sides = [side for s, b in zip(reversed(spare), reversed(before)) for side in (b, s - b)]
-        floor = volume.amin((1, 2, 3), keepdim=True)  # each channel is padded with its minimum
-        volume = F.pad(volume - floor, sides) + floor
-    return volume, before
 
 
 def sliding_window_inference(
@@ -80,50 +67,50 @@ def sliding_window_inference(
 
     Args:
         predict: (B, C, d, h, w) -> (B, K, d, h, w). volume: (C, D, H, W), of any size.
-        patch_size: (d, h, w), the size of a window. batch_size: number B of windows per call.
+        patch_size, batch_size: (d, h, w) of a window, and the number B of windows per call.
         overlap: share of a window that the next window covers too, in [0, 1). Release: 0.5.
         desc: title of a progress bar, or None.
     Yields: (K, n, H, W) float32 where `predict` makes its maps, D slices together.
     """
-    depth, *plane = volume.shape[1:]
-    volume, before = pad_to_window(volume, patch_size)
-    inside = [slice(b, b + n) for b, n in zip(before[1:], plane)]
+    spare = [max(p - n, 0) for p, n in zip(patch_size, volume.shape[1:])]
+    inside = [slice(s // 2, s // 2 + n) for s, n in zip(spare, volume.shape[1:])]
+    if any(spare):  # A volume that is smaller than a window is padded, each channel with its minimum.
+        sides = [side for s in reversed(spare) for side in (s // 2, s - s // 2)]
+        floor = volume.amin((1, 2, 3), keepdim=True)
+        volume = F.pad(volume - floor, sides) + floor
     shape, weight = volume.shape[1:], window_weights(patch_size)
     starts = [window_starts(n, p, overlap) for n, p in zip(shape, patch_size)]
     corners = list(itertools.product(*starts))  # The depth changes last, so slices are completed in order.
-    total, weight_sum, done = None, torch.zeros(0, *shape[1:]), 0  # sums over windows, from slice `done` on
+    sums, done = None, 0  # (K + 1, n, H, W) from slice `done` on: the weighted maps, and last the weights
     for first in tqdm(range(0, len(corners), batch_size), desc, leave=False, disable=desc is None):
         batch = corners[first : first + batch_size]
         windows = [tuple(slice(s, s + p) for s, p in zip(corner, patch_size)) for corner in batch]
         maps = predict(torch.stack([volume[:, *window] for window in windows])).float()
-        if total is None:
-            total = maps.new_zeros(maps.shape[1], 0, *shape[1:])
-            weight, weight_sum = weight.to(maps.device), weight_sum.to(maps.device)
-        new = windows[-1][0].stop - done - len(weight_sum)  # slices that no window has reached before
-        if new > 0:
-            total, weight_sum = F.pad(total, (0, 0, 0, 0, 0, new)), F.pad(weight_sum, (0, 0, 0, 0, 0, new))
+        maps = F.pad(maps, (0, 0, 0, 0, 0, 0, 0, 1), value=1)  # a map of ones, whose sum is that of weights
+        if sums is None:
+            sums, weight = maps.new_zeros(maps.shape[1], 0, *shape[1:]), weight.to(maps.device)
+        new = windows[-1][0].stop - done - sums.shape[1]  # slices that no window has reached before
+        sums = F.pad(sums, (0, 0, 0, 0, 0, new)) if new > 0 else sums
         for (slices, *place), semantic in zip(windows, maps):
-            place = (slice(slices.start - done, slices.stop - done), *place)
-            total[:, *place] += semantic * weight
-            weight_sum[place] += weight
+            sums[:, slices.start - done : slices.stop - done, *place] += semantic * weight
         final = corners[first + batch_size][0] if first + batch_size < len(corners) else shape[0]
         if final > done:  # No later window reaches the slices before `final`.
-            mean = total[:, : final - done] / weight_sum[: final - done]
-            total, weight_sum, done = total[:, final - done :], weight_sum[final - done :], final
-            yield mean[:, before[0] : before[0] + depth, *inside]  # A padded depth is one window.
+            mean = sums[:-1, : final - done] / sums[-1, : final - done]
+            sums, done = sums[:, final - done :], final
+            yield mean[:, *inside]  # A padded depth is a single window, so it comes as one part.
 
 
 def predict_case(
     models: Sequence[MaskSAM], prepared, device="cpu", amp="off", mirror_axes=(), largest=(), **windows
 ) -> np.ndarray:
-    """Predict the label map of a case, (D, H, W) uint8, on the grid of its file.
+    """Predict the label map of a case, (D, H, W) uint8, on the grid of its file. ValueError: a score is NaN.
 
     Args:
-        models: in evaluation mode, on the device. The average of their semantic maps counts.
-        prepared: the case, as `data.prepare_case` or `data.load_cached` made it by the plan of each model.
-        device, amp: where the models are, and a key of `files.AMP_TYPES`.
+        models, device: in evaluation mode, and where they are. Their semantic maps are averaged.
+        prepared: for each model, the case as `data.prepare_case` or `data.load_cached` made it by its plan.
+        amp: key of `files.AMP_TYPES`. windows: options of `sliding_window_inference`.
         mirror_axes: axes of (D, H, W). Ours, as in nnU-Net: the maps of all flips along them are averaged.
-        largest: class ids for `keep_largest_component`. windows: options of `sliding_window_inference`.
+        largest: class ids for `keep_largest_component`.
     """
     axes = [axis - 3 for axis in mirror_axes]
     flips = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
@@ -138,45 +125,40 @@ def predict_case(
         slabs = sliding_window_inference(predict, volume, model.config.patch_size, **windows)
         return data.resample_scores(slabs, volume.shape[1], case.geometry.shape)
 
-    slabs = map(sum, zip(*(scores(model, case) for model, case in zip(models, prepared))))
-    label = torch.cat([label_of(slab) for slab in slabs]).numpy()
-    return keep_largest_component(label, largest)
-
-
-def label_of(scores: Tensor) -> Tensor:
-    """Return the class of the largest score, (K, n, H, W) -> (n, H, W) uint8 on the CPU. ValueError: NaN."""
-    largest, label = scores.max(0)
-    if not torch.isfinite(largest.sum()):  # The maximum of numbers with a NaN is NaN.
-        raise ValueError("found scores that are not numbers, expected an image and weights that are")
-    return label.to(torch.uint8).cpu()
+    parts = []
+    for slabs in zip(*map(scores, models, prepared)):
+        largest_score, label = sum(slabs).max(0)
+        if not torch.isfinite(largest_score.sum()):  # The maximum of numbers with a NaN is NaN.
+            raise ValueError("found scores that are not numbers, expected an image and weights that are")
+        parts.append(label.to(torch.uint8).cpu())
+    return keep_largest_component(torch.cat(parts).numpy(), largest)
 
 
 def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
-    """Set all but the largest component of some classes of (D, H, W) to background, in place.
+    """Set all but the largest component of each given class in (D, H, W) to background, in place.
 
     Ours: an option, as in nnU-Net. Voxels that touch at a corner are connected.
     """
-    boxes = ndimage.find_objects(label)
-    for class_id in class_ids:
-        if class_id <= len(boxes) and boxes[class_id - 1] is not None:
-            part = label[boxes[class_id - 1]]
+    for class_id, box in enumerate(ndimage.find_objects(label), start=1):
+        if box is not None and class_id in class_ids:
+            part = label[box]
             components, _ = ndimage.label(part == class_id, np.ones((3, 3, 3)))
-            sizes = np.bincount(components.ravel())
-            part[(components > 0) & (components != 1 + sizes[1:].argmax())] = 0
+            largest = np.bincount(components[components > 0]).argmax()
+            part[(components > 0) & (components != largest)] = 0
     return label
 
 
 def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layouts.DataSource, Cases]:
-    """Find the cases that `args` (data, root, fold, group, split) name; the training gives the defaults.
+    """Find the cases that `args` (data, root, fold, group, split) name. Defaults are those of the training.
 
     Raises: ValueError if one of the checkpoints (contents) was trained with a case that is to be scored.
     """
-    first = contents[0]["arguments"] if contents else {"root": None}
-    args.fold = first.get("fold") if args.fold is None else args.fold
-    root = args.root if args.data or args.root else first["root"]
-    group = args.group or first.get("group")
-    source = layouts.find_data(args.data or first["data"], root, args.fold, group)
-    splits = source.splits | {"all": tuple(case for split in source.splits.values() for case in split)}
+    trained = contents[0]["arguments"] if contents else {}
+    args.fold = trained.get("fold") if args.fold is None else args.fold
+    root = args.root if args.data or args.root else trained["root"]
+    where = args.data or trained["data"], root, args.fold, args.group or trained.get("group")
+    source = layouts.find_data(*where)
+    splits = source.splits | {"all": sum(source.splits.values(), ())}
     if args.split not in splits:
         raise ValueError(f"--split: found {args.split}, expected {', '.join(splits)} as in {source.root}")
     cases = splits[args.split]
@@ -190,23 +172,15 @@ def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layo
     return source, cases
 
 
-def predict_files(
-    cases: Cases,
-    paths: list[Path],
-    task: Task,
-    description: Callable,
-    predict: Callable,
-    workers=1,
-    plan=None,
-) -> None:
-    """Predict the cases that are not done yet. ValueError: an image is wrong; then nothing is written.
+def predict_files(cases: Cases, paths: list[Path], task, description, predict, workers=1, plan=None) -> None:
+    """Check all images (ValueError: some are wrong), then predict the cases that are not done yet.
 
     Args:
         cases, paths: the cases, and the file to write for each, all in one folder.
-        task, workers: labels and channels, and the number of threads that check the images.
+        task, workers: `Task` of the images, and the number of threads that check them.
         description: case -> text for the header of its file. A file with this text is done.
         predict: case -> label map (D, H, W) and the geometry of its image.
-        plan: of the model; images that are unlike its training images are remarked.
+        plan: of the model; a remark names the images that are unlike its training images.
     """
     data.survey(cases, task, workers, plan=plan)
     paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -216,37 +190,30 @@ def predict_files(
     print(f"{paths[0].parent}: wrote {len(todo)} label maps, {len(paths) - len(todo)} were there")
 
 
-def score_files(cases: Cases, paths: Sequence[Path], source: layouts.DataSource, args) -> dict:
-    """Compare label maps with the truth, after a check of all of them; see `report` for the arguments."""
-    num_classes, scores = len(source.task.labels), {}
-    truths = [dataclasses.replace(case, images=(), box_source=None) for case in cases]
-    data.survey(truths, source.task, args.workers, paths)
-    options = {"tolerance": args.tolerance, "convention": args.convention, "workers": args.workers}
-    for case, path in zip(tqdm(cases, "scoring"), paths):
-        truth, geometry = nifti.read_label(case.label, num_classes)
-        prediction, _ = nifti.read_label(str(path), num_classes, geometry)
-        scores[case.name] = metrics.score_maps(prediction, truth, geometry.spacing, num_classes, **options)
-    return metrics.summarize(scores, source.task.labels, source.task.scored)
-
-
-def report(
-    cases: Cases, paths: list[Path], source: layouts.DataSource | None, args, facts: dict, suffix: str = ""
-) -> dict | None:
-    """Score the cases that have labels, print the table, and write metrics.json and metrics.csv.
+def report(cases: Cases, paths: list[Path], source, args, made_with: dict, suffix="") -> dict | None:
+    """Check and score the label maps (paths) of labelled cases; print a table; write metrics.json and .csv.
 
     Args:
-        cases, paths: the cases, and the label map of each. source: the data set; None without labels.
+        source: `DataSource` of the cases; None if they have no labels.
         args: with split, fold, tolerance, convention, workers and output (None: beside the label maps).
-        facts: about the predictions, to be stored with the results. suffix: of the files' names.
-    Returns: `metrics.summarize` and the facts; None if no case has a label.
+        made_with: how the label maps were made, stored with the results. suffix: of the files' names.
+    Returns: `metrics.summarize`, the settings of the score and `made_with`; None if no case has a label.
     """
-    labelled = [pair for pair in zip(cases, paths) if pair[0].label is not None]
+    labelled = {case: path for case, path in zip(cases, paths) if case.label is not None}
     if not labelled:
         return None
-    name = source.name if source.name in PRESETS else source.root
-    facts |= {"data": name, "root": source.root, "split": args.split, "fold": args.fold}
-    results = score_files(*zip(*labelled), source, args)
-    results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **facts}
+    truths = [dataclasses.replace(case, images=(), box_source=None) for case in labelled]
+    data.survey(truths, source.task, args.workers, list(labelled.values()))
+    num_classes, scores = len(source.task.labels), {}
+    for case, path in tqdm(labelled.items(), "scoring"):
+        truth, geometry = nifti.read_label(case.label, num_classes)
+        maps = nifti.read_label(str(path), num_classes, geometry)[0], truth
+        how = args.tolerance, args.convention, args.workers
+        scores[case.name] = metrics.score_maps(*maps, geometry.spacing, num_classes, *how)
+    results = metrics.summarize(scores, source.task.labels, source.task.scored)
+    results |= {"convention": args.convention, "tolerance_mm": args.tolerance, **made_with}
+    results["data"] = source.name if source.name in PRESETS else source.root
+    results |= {"root": source.root, "split": args.split, "fold": args.fold}
     metrics.print_table(results)
     output = Path(args.output or paths[0].parent)
     output.mkdir(parents=True, exist_ok=True)
@@ -255,9 +222,8 @@ def report(
 
 
 def describe_box_source(where: str) -> str:
-    """Return the words for a file's header that name the source of given boxes, "" if there are none."""
-    words = layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)
-    return words[:45]  # A header has room for 79 bytes.
+    """Return ", boxes of FOLDER" for the header of a file, which has room for 79 bytes; "" without boxes."""
+    return layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)[:45]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -278,11 +244,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--largest-component", nargs="*", metavar="CLASS", dest="largest", help=largest)
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
-    convention = {"choices": metrics.CONVENTIONS, "default": "masksam", "dest": "convention"}
-    add("--metric-convention", help="how other papers score absent classes (default: masksam)", **convention)
+    how = "how other papers score absent classes (default: %(default)s)"
+    add("--metric-convention", choices=metrics.CONVENTIONS, default="masksam", dest="convention", help=how)
     args = parser.parse_args(argv)
     given, unlabelled = args.prompts != "auto", args.input or args.submission
-    output = args.output and Path(args.output).resolve()
     problems = {
         "expected either --ckpt FILE or --predictions DIR": (args.ckpt is None) == (args.predictions is None),
         "--predictions needs --data, the data set that they belong to": args.predictions and not args.data,
@@ -294,10 +259,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     }
     for name, folder in (("--input", args.input), ("--prompts", given and args.prompts)):
         problem = f"{name}: found the folder of --output, expected another: its files would be replaced"
-        problems[problem] = folder and output == Path(folder).resolve()
+        problems[problem] = folder and args.output and Path(folder).resolve() == Path(args.output).resolve()
     if found := [problem for problem, applies in problems.items() if applies]:
         parser.error(found[0])
-    args.workers = args.workers or files.default_workers()
+    args.device, args.workers = args.device or files.default_device(), args.workers or files.default_workers()
     return args
 
 
@@ -312,59 +277,63 @@ def predict(args: argparse.Namespace) -> dict | None:
         source, cases = find_cases(args, contents)
     check_models(args, models, [plan.task for plan in plans], source)
     cases = layouts.with_box_source(cases, args.prompts)
-    device = args.device or files.default_device()
-    options = {"amp": args.amp or files.default_amp(device), "overlap": args.overlap}
-    options["mirror_axes"] = list(plans[0].task.flip_axes) if args.mirror else []
-    options["largest"] = class_ids(args.largest, task.labels)
-    made_by = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
+    settings = {"amp": args.amp or files.default_amp(args.device), "overlap": args.overlap}
+    settings["mirror_axes"] = list(task.flip_axes) if args.mirror else []
+    settings["largest"] = class_ids(args.largest, task.labels)
+    sums = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
 
     def description(case: layouts.Case) -> str:
-        inputs = [*case.images, *filter(None, [case.box_source])]
-        return f"MaskSAM{describe_box_source(args.prompts)} {data.file_key([made_by, options], inputs)}"
+        key = data.file_key([sums, settings], (*case.images, case.box_source))
+        return f"MaskSAM{describe_box_source(args.prompts)} {key}"
 
     def predict_one(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
         prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in plans]
-        batches = {"device": device, "batch_size": args.batch_size, "desc": case.name}
+        how = {"device": args.device, "batch_size": args.batch_size, "desc": case.name} | settings
         try:
-            return predict_case(models, prepared, **batches, **options), prepared[0].geometry
+            return predict_case(models, prepared, **how), prepared[0].geometry
         except ValueError as error:
             raise ValueError(f"{', '.join(args.ckpt)}, case {case.name}: {error}") from error
 
-    for model in models:
-        model.to(device)
-    suffix = layouts.box_source_suffix(args.prompts)
-    middle = "" if args.output else differences(args, contents, source)
-    output = Path(args.output or Path(args.ckpt[0]).parent / f"predictions{suffix}{middle}-{args.split}")
+    models = [model.to(args.device) for model in models]
+    output = Path(args.output) if args.output else default_folder(args, contents, source)
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
     paths = [output / f"{name}.nii.gz" for name in names]
     predict_files(cases, paths, task, description, predict_one, args.workers, plans[0])
     if args.submission:
-        files.write_whole(output / "submission.zip", lambda file: zip_files(file, paths))
+
+        def zip_files(file) -> None:
+            with zipfile.ZipFile(file, "w") as archive:
+                for path in paths:
+                    archive.write(path, path.name)
+
+        files.write_whole(output / "submission.zip", zip_files)
         print(f"{output / 'submission.zip'}: {len(paths)} files")
-    facts = {"checkpoint": args.ckpt, "epoch": [content["epoch"] for content in contents]}
-    return report(cases, paths, source, args, facts | {"prompts": args.prompts} | options, suffix)
+    epochs = [content["epoch"] for content in contents]
+    made_with = {"checkpoint": args.ckpt, "epoch": epochs, "prompts": args.prompts} | settings
+    return report(cases, paths, source, args, made_with, layouts.box_source_suffix(args.prompts))
 
 
-def differences(args: argparse.Namespace, contents: Sequence[dict], source: layouts.DataSource) -> str:
-    """Return the middle of the name of a folder for predictions: all that is not as in the training."""
-    together = hashlib.sha256("\n".join(map(os.path.abspath, args.ckpt)).encode()).hexdigest()[:8]
-    parts = {
-        f"-{source.name}": source.name != contents[0]["plan"]["data"],
-        f"-fold{args.fold}": args.fold != contents[0]["arguments"].get("fold"),
-        f"-{len(args.ckpt)}models-{together}": len(args.ckpt) > 1,
-    }
-    return "".join(part for part, applies in parts.items() if applies)
+def default_folder(args: argparse.Namespace, contents: Sequence[dict], source: layouts.DataSource) -> Path:
+    """Return a folder beside the first checkpoint, whose name says all that is not as in the training."""
+    name = f"predictions{layouts.box_source_suffix(args.prompts)}"
+    name += f"-{source.name}" if source.name != contents[0]["plan"]["data"] else ""
+    name += f"-fold{args.fold}" if args.fold != contents[0]["arguments"].get("fold") else ""
+    if len(args.ckpt) > 1:
+        paths = "\n".join(map(os.path.abspath, args.ckpt))
+        name += f"-{len(args.ckpt)}models-{hashlib.sha256(paths.encode()).hexdigest()[:8]}"
+    return Path(args.ckpt[0]).parent / f"{name}-{args.split}"
 
 
 def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layouts.DataSource | None) -> None:
     """Raise ValueError unless the models take `--prompts`, and agree with the data set in their task."""
     for path, model in zip(args.ckpt, models):
-        if model.config.given_boxes != (args.prompts != "auto"):
-            expected = "gt or a folder" if model.config.given_boxes else "auto"
+        expected = "gt or a folder" if model.config.given_boxes else "auto"
+        if (expected == "auto") != (args.prompts == "auto"):
             raise ValueError(f"--prompts: found {args.prompts}, expected {expected}, as {path} was trained")
-    expected = tasks[0].labels, len(tasks[0].channels)
-    for path, task in [*zip(args.ckpt, tasks), *([(source.root, source.task)] if source else [])]:
-        if (found := (task.labels, len(task.channels))) != expected:
+    tasks_of = dict(zip(args.ckpt, tasks)) | ({source.root: source.task} if source else {})
+    known = {path: (task.labels, len(task.channels)) for path, task in tasks_of.items()}
+    for path, found in known.items():
+        if found != (expected := known[args.ckpt[0]]):
             raise ValueError(f"{path}: found task {found}, expected {expected} as in {args.ckpt[0]}")
 
 
@@ -375,21 +344,14 @@ def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
     return [] if names is None else [labels.index(name) for name in names or labels[1:]]
 
 
-def zip_files(archive, paths: Sequence[Path]) -> None:
-    """Write files, without their folders, into a zip archive, an open binary file."""
-    with zipfile.ZipFile(archive, "w") as content:
-        for path in paths:
-            content.write(path, path.name)
-
-
 def score_predictions(args: argparse.Namespace) -> dict:
     """Score the label maps of another program, and return their `report`."""
     source, cases = find_cases(args, [])
     paths = layouts.find_predictions(cases, args.predictions)
     # The headers of our own files say whose boxes were given, as `describe_box_source` puts it.
-    given = re.findall(r", boxes of (\S+)", "\n".join(map(nifti.read_description, paths)))
-    facts = {"predictions": args.predictions} | ({"prompts": given[0]} if given else {})
-    results = report(cases, paths, source, args, facts, f"-boxes-{given[0]}" if given else "")
+    given = re.search(r", boxes of (\S+)", "\n".join(map(nifti.read_description, paths)))
+    made_with = {"predictions": args.predictions} | ({"prompts": given[1]} if given else {})
+    results = report(cases, paths, source, args, made_with, f"-boxes-{given[1]}" if given else "")
     if results is None:
         raise ValueError(f"--split {args.split}: found no labels in {source.root}, expected some")
     return results

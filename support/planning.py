@@ -203,3 +203,20 @@ def clip_and_scale(foreground: Array) -> tuple[float, float, float, float]:
     low, high = np.percentile(foreground, PERCENTILES[::2])
     clipped = foreground.clip(low, high).astype(np.float64)
     return float(low), float(high), float(clipped.mean()), float(clipped.std())
+
+
+def print_info(task: Task, measured: Sequence[Measured]) -> None:
+    """Print sizes, spacings and intensities of all cases, and volumes of the classes of labelled cases."""
+    names = ["slices D", "rows H", "columns W", "spacing D, mm", "spacing H, mm", "spacing W, mm"]
+    values = ("0.5 percentile", "median", "99.5 percentile")
+    names += [f"{channel[:14]}, {value}" for channel in task.channels for value in values]
+    rows = [(*each.geometry.shape, *each.geometry.spacing, *each.percentiles.flat) for each in measured]
+    print(f"\n{'over cases':32s}{'min':>12s}{'median':>12s}{'max':>12s}")
+    for name, column in zip(names, zip(*rows)):
+        print(f"{name:32s}{min(column):12.5g}{np.median(column):12.5g}{max(column):12.5g}")
+    labelled = [each for each in measured if each.counts[1:].any()]
+    print(f"\n{'class':32s}{'cases':>12s}{'median ml':>12s}{'% voxels':>12s}")
+    for i, name in [*enumerate(task.labels)][1:]:
+        ml = [each.counts[i] * np.prod(each.geometry.spacing) / 1000 for each in labelled if each.counts[i]]
+        share = np.mean([each.counts[i] / each.counts.sum() for each in labelled])
+        print(f"{name:32s}{len(ml):12d}{np.median(ml) if ml else np.nan:12.4g}{100 * share:12.3g}")

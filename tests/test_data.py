@@ -33,7 +33,7 @@ def test_resampling_keeps_places_there_and_back(axis, size):
     shape, inner = (20, 20, 20), [slice(None)] * 3
     target = shape[:axis] + (size,) + shape[axis + 1 :]
     inner[axis] = slice(4, -4)  # a mirrored ramp bends at the border
-    there = data.resample(ramp(shape, axis), target, 3, 3)
+    there = data.resample(ramp(shape, axis), target, 3)
     assert np.allclose(there[tuple(inner)], ramp(target, axis)[tuple(inner)], atol=2e-3)
     # With a constant as the other class, the boundary is where the ramp crosses one half: the same place.
     semantic = torch.from_numpy(np.stack([np.full(target, 0.5001, np.float32), ramp(target, axis)]))
@@ -141,7 +141,7 @@ def test_an_interrupted_cache_goes_on_and_only_what_changed_is_prepared_again(tm
     with monkeypatch.context() as context:
         context.setattr(data, "survey", None)  # a finished cache is not even checked
         assert data.prepare(source, cache) == plan and len(names) == 2
-    damaged = next(cache.glob(f"{case.name}-*.{data.PARTS[part]}.npy"))
+    damaged = next(cache.glob(f"{case.name}-*.{[*data.PARTS][part]}.npy"))
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a single bit
     assert data.prepare(source, cache) == plan and names[2:] == [case.name]

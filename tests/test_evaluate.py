@@ -17,11 +17,15 @@ import data
 import evaluate
 from model import MaskSAMConfig, build_model, checkpoint_content
 from support import layouts, metrics, nifti, phantom
-from support.checkpoints import read_checkpoint, write_checkpoint
-from support.planning import Plan
+from support.checkpoints import write_checkpoint
 from volumes import plan_for, planned, save, write_tree
 
-QUICK = ["--overlap", "0", "--no-mirror", "--amp", "off", "--output"]
+QUICK = "--overlap 0 --no-mirror --amp off"
+
+
+def run(*words: str | Path) -> dict | None:
+    """Call evaluate.py with the words of a command line."""
+    return evaluate.main(" ".join(map(str, words)).split())
 
 
 @pytest.mark.parametrize("shape, overlap", [((5, 11, 17), 0.5), ((1, 5, 3), 0.5), ((23, 8, 9), 0.9)], ids=str)
@@ -36,18 +40,18 @@ def test_a_local_prediction_is_given_back_wherever_the_windows_lie(shape, overla
 
     slabs = [*evaluate.sliding_window_inference(predict, volume, (4, 8, 8), overlap, batch_size)]
     assert batch_size > 1 or all(slab.shape[1] <= 4 for slab in slabs)  # as soon as they are complete
-    out, expected = torch.cat(slabs, dim=1), torch.cat([volume, volume.sum(0, keepdim=True)])
-    assert out.shape == expected.shape and torch.allclose(out, expected, atol=1e-5)
+    expected = torch.cat([volume, volume.sum(0, keepdim=True)])
+    torch.testing.assert_close(torch.cat(slabs, dim=1), expected, atol=1e-5, rtol=0)  # and the same shape
     for channel in (0, 1):  # A small volume is padded with its minimum.
         assert min(patches[:, channel].min() for patches in seen) == volume[channel].min()
 
 
 @pytest.mark.parametrize("axis", [0, 2])
 def test_overlapping_windows_are_averaged_with_gaussian_weights_that_have_a_floor(axis):
-    shape, patch, answers = [1, 1, 1], [1, 1, 1], iter([1.0, 2.0, 4.0])  # one for each of three windows
-    shape[axis], patch[axis] = 16, 8
-    predict = lambda _: torch.full((1, 1, *patch), next(answers))  # noqa: E731
-    slabs = evaluate.sliding_window_inference(predict, torch.zeros(1, *shape), patch)
+    shape, patch = [1, 1, 1], [1, 1, 1]
+    shape[axis], patch[axis] = 16, 8  # three windows
+    answers = (torch.full((1, 1, *patch), value) for value in (1.0, 2.0, 4.0))
+    slabs = evaluate.sliding_window_inference(lambda _: next(answers), torch.zeros(1, *shape), patch)
     gauss = np.exp(-0.5 * ((np.arange(8) - 3.5) / (8 / 8)) ** 2)
     gauss = np.maximum(gauss / gauss.max(), 1e-3)
     weights = np.stack([np.pad(gauss, (start, 8 - start)) for start in (0, 4, 8)])
@@ -59,8 +63,9 @@ def test_overlapping_windows_are_averaged_with_gaussian_weights_that_have_a_floo
 def fake(patch_size, scores):
     """A model that answers with given class scores, which broadcast to (K, d, h, w), wherever it looks."""
     scores = torch.broadcast_to(torch.as_tensor(scores), (len(scores), *patch_size))
-    predict = lambda volumes: scores.expand(len(volumes), *scores.shape).clone()  # noqa: E731
-    return types.SimpleNamespace(config=types.SimpleNamespace(patch_size=patch_size), predict=predict)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(patch_size=patch_size))
+    model.predict = lambda volumes: scores.expand(len(volumes), *scores.shape).clone()
+    return model
 
 
 def empty(shape, grid):
@@ -83,6 +88,9 @@ def test_several_models_are_averaged_on_the_native_grid_though_patch_and_spacing
     alone = [np.unique(evaluate.predict_case([m], [p])).tolist() for m, p in zip(models, cases)]
     together = evaluate.predict_case(models, cases)
     assert alone == [[0], [2], [1]] and together.shape == (11, 20, 30) and (together == 1).all()
+    models[1] = fake((4, 16, 8), torch.tensor([0.5, torch.nan, 0.1]).reshape(3, 1, 1, 1))
+    with pytest.raises(ValueError, match="found scores that are not numbers"):
+        evaluate.predict_case(models, cases)
 
 
 def test_the_largest_component_of_each_named_class_is_kept():
@@ -97,18 +105,20 @@ def test_the_largest_component_of_each_named_class_is_kept():
     assert [evaluate.class_ids(given, names) for given in (None, [], ["Myo"])] == [[], [1, 2], [2]]
 
 
-def checkpoint(path, plan, arguments: dict, patch=(4, 32, 32), queries=4, seed=0, train=()) -> None:
+def checkpoint(path, source, patch=(4, 32, 32), queries=4, seed=0, plan=None, **arguments) -> None:
     """An untrained model, but with queries of different classes whose masks differ from place to place."""
     torch.manual_seed(seed)
+    plan = plan or planned(source)
     sizes = {"patch_size": patch, "encoder_size": (32, 32), "num_queries": queries, "num_channels": 1}
     model, sam = build_model(MaskSAMConfig("tiny", num_classes=len(plan.task.labels), **sizes))
     with torch.no_grad():
         torch.nn.init.normal_(model.classifier.weight)
         torch.nn.init.normal_(model.class_tokens, std=5)
         model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
+    arguments = {"data": source.name, "root": source.root} | arguments
     content = checkpoint_content(model, sam, plan.as_dict()) | {"epoch": 7, "arguments": arguments}
-    content["cases"] = {"train": list(train), "val": []}
-    write_checkpoint(path, content)
+    content["cases"] = {"train": [case.name for case in source.splits["train"]], "val": []}
+    write_checkpoint(Path(path), content)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +129,13 @@ def trained(tmp_path_factory) -> tuple[str, str]:
     phantom.write_phantom(root, num_patients=5, seed=3)
     for file in root.rglob("*.nii.gz"):
         save(file, array(file)[16:80:2, 24:72:2, :5], np.diag([3, 3, 8, 1]))
-    plan = planned(layouts.find_data("phantom", str(root)))
-    checkpoint(path, plan, {"data": "phantom", "root": str(root)})
+    checkpoint(path, layouts.find_data("phantom", str(root)))
     return str(root), str(path)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # Nothing may depend on the working directory.
 
 
 def array(path: str | Path) -> np.ndarray:
@@ -133,72 +147,62 @@ def array(path: str | Path) -> np.ndarray:
     ("synapse", "case0002", "gallbladder", ["label0061"]),
     ("amos", "amos_0008", "prostate/uterus", ["amos_0200", "amos_0201"]),
 ])  # fmt: skip
-def test_original_layouts_with_their_traps_end_to_end(name, case, lacking, submitted, tmp_path, monkeypatch):
+def test_original_layouts_with_their_traps_end_to_end(name, case, lacking, submitted):
     """Check, prepare, predict, score and submit; the truth scores perfectly as a prediction of itself."""
-    monkeypatch.chdir(tmp_path)
-    where = ["--data", name, "--root", "download"]
-    write_tree(tmp_path / "download", name)
+    write_tree(Path("download"), name)
     for action in ("check", "info", "prepare"):
-        data.main([action, *where])
+        data.main([action, "--data", name, "--root", "download"])
     source = layouts.find_data(name, "download")
     labels, plan = source.task.labels, data.prepare(source, Path("cache", name))
-    checkpoint("best.pt", plan, {"data": name, "root": "download"}, (9, 80, 72), queries=8)
-    results = evaluate.main(["--ckpt", "best.pt", "--split", "test", *QUICK, "predicted"])
+    checkpoint("best.pt", source, (9, 80, 72), queries=8, plan=plan)
+    results = run("--ckpt best.pt --split test", QUICK, "--output predicted")
     assert results["per_case"][case][lacking]["dice"] in (None, 0)  # predicted or not
     assert results["scored"] == [labels[k] for k in source.task.scored or range(1, len(labels))]
-    evaluate.main(["--ckpt", "best.pt", "--split", "testing", "--submission", *QUICK, "out"])
+    run("--ckpt best.pt --split testing --submission", QUICK, "--output out")
     assert zipfile.ZipFile("out/submission.zip").namelist() == [f"{stem}.nii.gz" for stem in submitted]
     with pytest.raises(SystemExit, match="--split testing: found no labels in"):
-        evaluate.main(["--predictions", "out", *where, "--split", "testing"])
+        run("--predictions out --root download --split testing --data", name)
     Path("truth").mkdir()
     for each in source.splits["test"]:
         shutil.copy(each.label, f"truth/{each.aliases[-1] if each.aliases else each.name}.nii.gz")
-    results = evaluate.main(["--predictions", "truth", *where, "--split", "test"])
+    results = run("--predictions truth --root download --split test --data", name)
     assert results["mean"] == {"dice": 1, "hd95": 0, "nsd": 1}
     assert results["per_class"][lacking]["neither"] == (2 if name == "acdc" else 1)
 
 
-def test_the_checkpoint_alone_is_scored_and_no_label_is_opened_to_predict(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # Nothing may depend on the working directory.
+def test_the_checkpoint_alone_is_scored_and_images_are_predicted_as_stored_without_labels(
+    trained, monkeypatch
+):
+    """One volume, stored in RAS and with axes flipped and swapped, has the same label at the same place."""
     cases = layouts.find_data("phantom", trained[0]).splits["val"]
-    results, folder = evaluate.main(["--ckpt", trained[1]]), Path(trained[1]).parent / "predictions-val"
+    results, folder = run("--ckpt", trained[1], QUICK), Path(trained[1]).parent / "predictions-val"
     assert json.loads((folder / "metrics.json").read_text()) == results and results["epoch"] == [7]
-    assert list(results["per_case"]) == [case.name for case in cases] and not list(tmp_path.iterdir())
+    assert list(results["per_case"]) == [case.name for case in cases] and not os.listdir()
+    Path("in").mkdir()
     for case in cases:
-        written, image = nib.load(folder / f"{case.name}.nii.gz"), nib.load(case.images[0])
-        assert written.shape == image.shape and np.array_equal(written.affine, image.affine)
-        pair = [nifti.read_label(str(f), 4)[0] for f in (written.get_filename(), case.label)]
-        for metric, values in list(metrics.score_maps(*pair, (8, 3, 3), 4).items())[:3]:
-            found = [result[metric] for result in results["per_case"][case.name].values()]
-            assert found == [metrics.plain(value) for value in values]
+        pair = [nifti.read_label(str(f), 4)[0] for f in (folder / f"{case.name}.nii.gz", case.label)]
+        hd95 = map(metrics.plain, metrics.score_maps(*pair, (8, 3, 3), 4)["hd95"])
+        assert list(hd95) == [scores["hd95"] for scores in results["per_case"][case.name].values()]
+        os.link(case.images[0], f"in/{case.name}.nii.gz")
+    nib.save(
+        nib.load(cases[0].images[0]).as_reoriented(np.array([[1, -1], [0, 1], [2, -1]])), "in/turned.nii.gz"
+    )
     for module in (nifti, data):
         monkeypatch.delattr(module, "read_label")  # Whoever opens a label now fails.
-    Path("in").mkdir()
-    for case in cases:
-        os.link(case.images[0], f"in/{case.name}.nii.gz")
-    assert evaluate.main(["--ckpt", trained[1], "--input", "in", "--output", "out/deep"]) is None
-    names = [file.name for file in Path("out/deep").iterdir()]
-    assert sorted(names) == sorted(f"{case.name}.nii.gz" for case in cases)
-    assert all(np.array_equal(array(f"out/deep/{name}"), array(folder / name)) for name in names)
-
-
-def test_a_prediction_lies_where_its_image_lies_however_that_is_stored(trained, tmp_path, monkeypatch):
-    """One volume, stored in RAS and with axes flipped and swapped, has the same label at the same place."""
-    monkeypatch.chdir(tmp_path)
-    image = nib.load(layouts.find_data("phantom", trained[0]).splits["val"][0].images[0])
-    Path("in").mkdir()
-    nib.save(image, "in/straight.nii.gz")
-    nib.save(image.as_reoriented(np.array([[1, -1], [0, 1], [2, -1]])), "in/turned.nii.gz")
-    evaluate.main(["--ckpt", trained[1], "--input", "in", *QUICK, "out"])
-    straight, turned = (nib.load(f"out/{name}.nii.gz") for name in ("straight", "turned"))
-    assert straight.shape != turned.shape
-    one, other = (np.asarray(nib.as_closest_canonical(label).dataobj) for label in (straight, turned))
+    assert run("--ckpt", trained[1], "--input in --output out/deep", QUICK) is None
+    assert sorted(os.listdir("out/deep")) == sorted(os.listdir("in"))
+    for name in os.listdir("in"):
+        image, written = nib.load(f"in/{name}"), nib.load(f"out/deep/{name}")
+        assert written.shape == image.shape and np.array_equal(written.affine, image.affine)
+        assert name == "turned.nii.gz" or np.array_equal(array(f"out/deep/{name}"), array(folder / name))
+    files = (f"out/deep/{name}.nii.gz" for name in (cases[0].name, "turned"))
+    one, other = (np.asarray(nib.as_closest_canonical(nib.load(file)).dataobj) for file in files)
     # The mean over the voxels rounds differently in another order; a shift would change a tenth of them.
     assert (one == other).mean() > 0.999 and (one[1:] == other[:-1]).mean() < 0.95
 
 
-def test_a_stopped_prediction_goes_on_and_another_question_is_answered_anew(trained, tmp_path, monkeypatch):
-    arguments = ["--ckpt", trained[1], "--split", "test", *QUICK, str(tmp_path)]
+def test_a_stopped_prediction_goes_on_and_another_question_is_answered_anew(trained, monkeypatch):
+    question = ("--ckpt", trained[1], "--split test", QUICK, "--output out")
     predict_case, calls = evaluate.predict_case, []
 
     def stop_at_the_second(*args, **options):
@@ -209,81 +213,55 @@ def test_a_stopped_prediction_goes_on_and_another_question_is_answered_anew(trai
 
     monkeypatch.setattr(evaluate, "predict_case", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(arguments)
-    assert [file.name for file in tmp_path.iterdir()] == [f"{calls[0]}.nii.gz"]
-    results = evaluate.main(arguments)
+        run(*question)
+    assert os.listdir("out") == [f"{calls[0]}.nii.gz"]
+    results = run(*question)
     assert calls[2:] == list(results["per_case"])[1:] and len(calls) == 3  # The first case was done.
-    assert evaluate.main(arguments)["per_case"] == results["per_case"] and len(calls) == 3
-    (tmp_path / f"{calls[1]}.nii.gz").write_bytes(b"half a file")
-    evaluate.main(arguments)
-    evaluate.main([*arguments, "--largest-component"])
+    assert run(*question)["per_case"] == results["per_case"] and len(calls) == 3
+    Path(f"out/{calls[1]}.nii.gz").write_bytes(b"half a file")
+    run(*question)
+    run(*question, "--largest-component")
     assert calls[3:] == [calls[1], *results["per_case"]]
 
 
-def test_checkpoints_of_other_folds_are_averaged_on_the_test_split_alone(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    plan = planned(layouts.find_data("phantom", trained[0]))
+def test_checkpoints_of_folds_are_averaged_and_never_score_what_they_were_trained_with(trained, capsys):
     for fold in (0, 1):
-        train = [case.name for case in layouts.find_data("phantom", trained[0], fold).splits["train"]]
-        arguments = {"data": "phantom", "root": trained[0], "fold": fold}
-        checkpoint(f"{fold}.pt", plan, arguments, seed=fold, train=train)
-    results = evaluate.main(["--ckpt", "0.pt", "1.pt", "--split", "test", *QUICK, "both"])
-    alone = evaluate.main(["--ckpt", "0.pt", "--split", "test", *QUICK, "alone"])
+        checkpoint(f"{fold}.pt", layouts.find_data("phantom", trained[0], fold), seed=fold, fold=fold)
+    results = run("--ckpt 0.pt 1.pt --split test", QUICK, "--output both")
+    alone = run("--ckpt 0.pt --split test", QUICK, "--output alone")
     assert results["checkpoint"] == ["0.pt", "1.pt"] and results["per_case"] != alone["per_case"]
     assert alone["fold"] == 0  # as it was trained
     with pytest.raises(SystemExit, match="1.pt: found 2 of 2 cases that it was trained with"):
-        evaluate.main(["--ckpt", "0.pt", "1.pt", "--split", "val"])
-    checkpoint("2.pt", plan_for(3), {})
+        run("--ckpt 0.pt 1.pt --split val")
+    run("--ckpt 0.pt --split train --no-mirror")
+    assert re.search("remark: 0.pt: found (.) of \\1 cases", capsys.readouterr().out)
+    run("--ckpt 0.pt 1.pt --split test --no-mirror")
+    folders = " ".join(sorted(folder.name for folder in Path().glob("predictions*")))
+    assert re.fullmatch("predictions-2models-[0-9a-f]{8}-test predictions-train", folders)
+    checkpoint("2.pt", layouts.find_data("phantom", trained[0]), plan=plan_for(3))
     with pytest.raises(SystemExit, match="2.pt: found task .*class 1.*, expected .*RV.* as in 0.pt"):
-        evaluate.main(["--ckpt", "0.pt", "2.pt", "--split", "test"])
+        run("--ckpt 0.pt 2.pt --split test")
 
 
-def test_cases_of_the_training_are_never_scored_as_unseen_and_folders_are_not_mixed(
-    trained, tmp_path, capsys
-):
-    root, path = trained[0], str(tmp_path / "best.pt")
-    source = layouts.find_data("phantom", root)
-    names = [case.name for case in source.splits["train"]]
-    for copy in (path, str(tmp_path / "other.pt")):
-        checkpoint(copy, planned(source), {"data": "phantom", "root": root}, train=names)
-    held_out = {case.name for case in layouts.find_data("phantom", root, fold=1).splits["val"]} & set(names)
-    assert held_out
-    with pytest.raises(
-        SystemExit, match=f"best.pt: found {len(held_out)} of . cases that it was trained with"
-    ):
-        evaluate.main(["--ckpt", path, "--fold", "1"])
-    evaluate.main(["--ckpt", path, "--split", "train", "--no-mirror"])
-    assert f"remark: {path}: found {len(names)} of {len(names)} cases" in capsys.readouterr().out
-    evaluate.main(["--ckpt", path, str(tmp_path / "other.pt"), "--no-mirror"])
-    folders = sorted(folder.name for folder in tmp_path.glob("predictions*"))
-    assert re.fullmatch("predictions-2models-[0-9a-f]{8}-val predictions-train", " ".join(folders))
-    content = read_checkpoint(path)
-    case = source.splits["val"][0]
-    model = fake((2, 8, 8), torch.tensor([0.5, torch.nan, 0.1, 0.1]).reshape(4, 1, 1, 1))
-    with pytest.raises(ValueError, match="found scores that are not numbers"):
-        evaluate.predict_case([model], [data.prepare_case(case, Plan.from_dict(content["plan"]))])
-
-
-def test_another_programs_files_are_scored_with_the_same_rules(trained, tmp_path):
+def test_another_programs_files_are_scored_with_the_same_rules(trained):
     cases = layouts.find_data("phantom", trained[0]).splits["test"]
-    arguments = ["--predictions", str(tmp_path), "--data", "phantom", "--root", trained[0], "--split", "test"]
-    first, *others = [tmp_path / f"{case.name}.nii.gz" for case in cases]
-    for case, file in zip(cases[1:], others):  # stored with another axis first
-        turned = nib.load(case.label).as_reoriented(np.array([[1, -1], [0, 1], [2, 1]]))
-        save(file, np.asarray(turned.dataobj).copy(), turned.affine)
+    question = "--predictions out --data phantom --split test --root", trained[0]
+    first, second = [Path(f"out/{case.name}.nii.gz") for case in cases]
+    turned = nib.load(cases[1].label).as_reoriented(np.array([[1, -1], [0, 1], [2, 1]]))
+    save(second, np.asarray(turned.dataobj).copy(), turned.affine)  # stored with another axis first
     label, affine = array(cases[0].label), nib.load(cases[0].label).affine
     save(first, label + 3, affine)
     with pytest.raises(SystemExit, match=f"(?s)1 problems.*{first}: found the labels"):
-        evaluate.main(arguments)
+        run(*question)
     save(first, np.where(label == 1, 0, label).astype(np.float64), affine)  # no RV
-    results = evaluate.main(arguments)
+    results = run(*question)
     assert results["per_case"][cases[1].name]["LV"] == {"dice": 1, "hd95": 0, "nsd": 1}
     scores = results["per_case"][cases[0].name]
     assert scores["RV"]["dice"] == 0 < scores["RV"]["hd95"] and results["per_class"]["RV"]["only_truth"] == 1
-    other = evaluate.main([*arguments, "--metric-convention", "transunet", "--tolerance", "20"])
+    other = run(*question, "--metric-convention transunet --tolerance 20")
     assert other["per_case"][cases[0].name]["RV"]["hd95"] == 0 and other["tolerance_mm"] == 20
     for name, expected in (("metrics", results), ("metrics-transunet", other)):  # in files of their own
-        assert json.loads((tmp_path / f"{name}.json").read_text()) == expected
+        assert json.loads(Path(f"out/{name}.json").read_text()) == expected
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -297,9 +275,8 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained, tmp_path
     ("--ckpt a --input c --output c/../c", "--input: found the folder of --output"),
     ("--ckpt a --prompts c --output c", "--prompts: found the folder of --output"),
 ])  # fmt: skip
-def test_a_problem_is_one_message_and_no_output(arguments, message, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_problem_is_one_message_and_no_output(arguments, message, trained, capsys):
     save("in/a.nii.gz", np.where(np.arange(192).reshape(8, 8, 3) == 9, np.nan, 1).astype(np.float32))
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main(arguments.replace("CKPT", trained[1]).split())
+        run(arguments.replace("CKPT", trained[1]))
     assert re.search(message, f"{stopped.value} {capsys.readouterr().err}") and not Path("out").exists()
