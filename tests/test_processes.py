@@ -23,7 +23,7 @@ def test_a_folder_belongs_to_one_process_until_it_dies(tmp_path):
         never.wait()
         held.close()
 
-    other = fork.Process(target=hold)
+    other = fork.Process(target=hold, daemon=True)
     other.start()
     assert ready.wait(60)
     with pytest.raises(ValueError, match=f"run: found a run of process {other.pid}, expected none: wait for"):
