@@ -104,11 +104,13 @@ def resolve(args: argparse.Namespace, preset: Preset) -> None:
     args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
     if args.val_every is None:
         args.val_every = max(2, args.epochs // 10)  # Ours
-    positive = ("epochs", "iterations", "batch_size", "accumulate", "val_every", "lr")
-    for name in (*positive, "workers", "seed"):
-        least, value = "more than 0" if name in positive else "0 or more", getattr(args, name)
-        if not (value > 0 or value == 0 and name not in positive):
-            option = name.removesuffix("_size").replace("_", "-")
+    for name in ("epochs", "iterations", "batch_size", "accumulate", "val_every", "lr", "workers", "seed"):
+        value, zero = getattr(args, name), name in ("workers", "seed")
+        if not (value > 0 or zero and value == 0):
+            option, least = (
+                name.removesuffix("_size").replace("_", "-"),
+                "0 or more" if zero else "more than 0",
+            )
             raise ValueError(f"--{option}: found {value}, expected {least}")
 
 
@@ -218,10 +220,7 @@ def plan_validation(
     return Validation(tuple(cases[i * len(cases) // number] for i in range(number)), overlap, flips)
 
 
-Opened = tuple[layouts.DataSource, data.Plan, Path]
-
-
-def open_data(args: argparse.Namespace, group: processes.Processes) -> Opened:
+def open_data(args: argparse.Namespace, group: processes.Processes) -> tuple:
     """Find the cases and prepare them, first in process 0. Return the data set, its plan and their cache."""
     where = args.data, args.root, args.fold, args.group, args.modality, args.flip
     source, splits = layouts.find_data(*where), {}
@@ -243,17 +242,14 @@ def open_data(args: argparse.Namespace, group: processes.Processes) -> Opened:
 
 def check_queries(cases: Sequence[layouts.Case], plan: data.Plan, cache: Path, num_queries: int) -> None:
     """Raise a ValueError if a slice of the training cases has more classes than there are queries."""
-    if num_queries >= len(plan.task.labels):
-        return
-    for case in cases:
+    for case in cases if num_queries < len(plan.task.labels) else ():
         for number, part in enumerate(data.load_cached(case, plan, cache).label):
-            found = np.union1d(part, 0)  # Background may come in at the border of a patch.
-            if len(found) > num_queries:
+            # Background may come in at the border of a patch.
+            if len(found := np.union1d(part, 0)) > num_queries:
                 classes = ", ".join(plan.task.labels[i] for i in found)
-                raise ValueError(
-                    f"{case.name}: found {len(found)} classes in slice {number} ({classes}), expected "
-                    f"at most as many as the {num_queries} queries: raise --queries"
-                )
+                expected = f"at most as many as the {num_queries} queries: raise --queries"
+                found = f"found {len(found)} classes in slice {number} ({classes})"
+                raise ValueError(f"{case.name}: {found}, expected {expected}")
 
 
 def resume(run: Run) -> bool:
@@ -347,10 +343,10 @@ def train_epoch(run: Run, began: float) -> None:
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         run.skipped = run.skipped + 1 if wrong else 0
         if run.skipped == MAX_SKIPPED:
-            raise ValueError(
-                f"step {run.step}: found numbers that are not finite in {', '.join(wrong)} for {run.skipped} "
-                "steps in a row, expected finite ones: lower --lr, or use --amp bf16 or off"
+            found = (
+                f"found numbers that are not finite in {', '.join(wrong)} for {run.skipped} steps in a row"
             )
+            raise ValueError(f"step {run.step}: {found}; lower --lr, or use --amp bf16 or off")
         for name, value in ({"skipped": 1.0} if wrong else values).items():
             run.sums[name] = run.sums.get(name, 0.0) + value
         bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}")
