@@ -31,10 +31,9 @@ def test_dice_equals_sets_of_voxels_and_is_undefined_for_a_class_in_neither_map(
     prediction, truth = blobs(0)
     truth[truth == 1], prediction[prediction == 2] = 2, 1  # 1 in the prediction only; 4 in neither
     dice = metrics.dice_per_class(prediction, truth, 5)
-    for k in range(1, 4):
-        a, b = set(np.flatnonzero(truth == k)), set(np.flatnonzero(prediction == k))
-        assert dice[k - 1] == pytest.approx(2 * len(a & b) / (len(a) + len(b)))
-    assert dice[0] == dice[1] == 0 and np.isnan(dice[3])
+    a, b = ([set(np.flatnonzero(labels == k)) for k in (1, 2, 3)] for labels in (truth, prediction))
+    expected = [2 * len(s & t) / (len(s) + len(t)) for s, t in zip(a, b)]
+    assert dice == pytest.approx([*expected, NAN], nan_ok=True) and dice[0] == dice[1] == 0 < dice[2]
 
 
 @SPACINGS
@@ -78,9 +77,9 @@ def test_nsd_counts_a_distance_of_exactly_the_tolerance():
 def test_background_around_a_volume_and_the_order_of_axes_change_nothing():
     maps, spacing = blobs(0), np.array([5.0, 0.7, 1.3])
     plain = metrics.score_maps(*maps, spacing, 4)
-    padded = metrics.score_maps(*(np.pad(m, ((2, 3), (1, 4), (5, 2))) for m in maps), spacing, 4, workers=2)
-    turned = metrics.score_maps(*(m.transpose(2, 0, 1) for m in maps), spacing[[2, 0, 1]], 4)
-    assert all(plain[m] == pytest.approx(x[m], abs=1e-9) for x in (padded, turned) for m in metrics.METRICS)
+    padded = [np.pad(labels, ((2, 3), (1, 4), (5, 2))).transpose(2, 0, 1) for labels in maps]
+    moved = metrics.score_maps(*padded, spacing[[2, 0, 1]], 4, workers=2)
+    assert all(plain[metric] == pytest.approx(moved[metric], abs=1e-9) for metric in metrics.METRICS)
 
 
 DIAGONAL = np.sqrt(8**2 + 40**2 + 36**2)  # of 8 x 10 x 12 voxels of 1 x 4 x 3 mm

@@ -1,8 +1,10 @@
 """Draw predictions beside the truth, and the prompts and masks of the queries (paper fig. 1, 6, 7).
 
-python -m tools.visualize compare --predictions DIR --data acdc --root DIR    image, truth, prediction, errors
-python -m tools.visualize sheet --predictions DIR           the worst, the median and the best case, as scored
-python -m tools.visualize queries --ckpt FILE --case NAME   the prompts and masks of the queries in a slice
+    python -m tools.visualize compare --predictions DIR --data acdc --root DIR   some cases, with their errors
+    python -m tools.visualize sheet --predictions DIR             the worst, the median and the best case
+    python -m tools.visualize queries --ckpt FILE --case NAME     prompts and masks of the queries in a slice
+
+Each command writes one PNG.
 """
 
 import os
@@ -71,7 +73,7 @@ def rank_cases(results: dict) -> dict[str, str]:
             ranked.append((dice, hd95, case))
     if not ranked:
         raise ValueError("no case with a Dice")
-    ranked.sort(key=lambda row: row[0])
+    ranked.sort(key=lambda row: row[0])  # by Dice
     unit, last = "mm" if results["convention"] == "masksam" else "voxels", len(ranked) - 1
     for i, place in sorted({last: "best", last // 2: "median", 0: "worst"}.items()):  # the later name wins
         dice, hd95, case = ranked[i]
