@@ -59,17 +59,21 @@ def dice_per_class(prediction: Array, truth: Array, num_classes: int) -> Array:
 
 def _surface(mask: Array) -> Array:
     """Return the voxels of a mask (D, H, W) that have a face neighbour outside the mask or the image."""
-    return mask & ~ndimage.binary_erosion(mask)  # medpy's definition of a surface
+    inner = mask.copy()  # becomes the eroded mask, faster than with ndimage: medpy's definition of a surface
+    for axis in range(mask.ndim):
+        inside, whole = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
+        inside[1:] &= whole[:-1]
+        inside[:-1] &= whole[1:]
+        inside[[0, -1]] = False
+    return mask & ~inner
 
 
 def _distances(pair: Sequence[Array], spacing: Sequence[float]) -> Array:
     """Return the distances of the voxels of each of two surfaces to the other surface, in any order."""
     found = []
-    for voxels, others in (
-        pair,
-        pair[::-1],
-    ):  # A distance transform would fill the whole box, a tree does not.
-        # Without balancing and tight boxes it is built fastest, and fast where many voxels are equally near.
+    for voxels, others in (pair, pair[::-1]):
+        # A distance transform would fill the whole box, a tree does not. Without balancing and tight boxes
+        # it is built fastest, and it stays fast where many voxels are equally near.
         tree = cKDTree(np.argwhere(others) * spacing, balanced_tree=False, compact_nodes=False)
         distances, _ = tree.query(np.argwhere(voxels & ~others) * spacing)
         found += [np.zeros(np.count_nonzero(voxels & others)), distances]
