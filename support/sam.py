@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import sys
-import urllib.error
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,7 @@ from support.tiny_vit import TinyViT
 # package's spec, but never run, stands in for the package while its torch-only submodules are imported.
 _stand_in = "segment_anything" not in sys.modules
 if _stand_in:
-    _spec = importlib.util.find_spec("segment_anything")
-    if _spec is None:
+    if (_spec := importlib.util.find_spec("segment_anything")) is None:
         raise ImportError("the package segment-anything is missing: pip install -r requirements.txt")
     sys.modules["segment_anything"] = importlib.util.module_from_spec(_spec)
 from segment_anything import build_sam, modeling  # noqa: E402
@@ -41,20 +39,15 @@ def _build_tiny() -> nn.Module:
     """Ours: a small SAM of the same classes, which trains from scratch, for the phantom, tests, two cores."""
     vit = {"img_size": 256, "embed_dim": 128, "depth": 4, "num_heads": 4, "out_chans": 64, "window_size": 8}
     vit |= {"use_rel_pos": True, "global_attn_indexes": (1, 3), "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
-    image_encoder = modeling.ImageEncoderViT(**vit)
-    prompt_encoder = modeling.PromptEncoder(64, (16, 16), (256, 256), mask_in_chans=16)
-    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=64, num_heads=4, mlp_dim=256)
-    mask_decoder = modeling.MaskDecoder(transformer_dim=64, transformer=transformer, iou_head_hidden_dim=64)
-    return modeling.Sam(image_encoder, prompt_encoder, mask_decoder, PIXEL_MEAN, PIXEL_STD)
+    return _build_around(modeling.ImageEncoderViT(**vit), dim=64, heads=4, mlp_dim=256, grid=16)
 
 
-def _build_light(size: int, patch: int, num_classes: int, pixel_mean: list, pixel_std: list) -> nn.Module:
-    """TinyViT in front of the prompt encoder and the mask decoder of SAM's own sizes."""
-    image_encoder = TinyViT(size, patch, num_classes=num_classes)
-    prompt_encoder = modeling.PromptEncoder(256, (64, 64), (size, size), mask_in_chans=16)
-    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048)
-    mask_decoder = modeling.MaskDecoder(transformer_dim=256, transformer=transformer)
-    return modeling.Sam(image_encoder, prompt_encoder, mask_decoder, pixel_mean, pixel_std)
+def _build_around(encoder, mean=PIXEL_MEAN, std=PIXEL_STD, dim=256, heads=8, mlp_dim=2048, grid=64):
+    """Put SAM's prompt encoder and mask decoder, by default of their own sizes, behind an image encoder."""
+    prompt_encoder = modeling.PromptEncoder(dim, (grid, grid), (encoder.img_size,) * 2, mask_in_chans=16)
+    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=heads, mlp_dim=mlp_dim)
+    decoder = modeling.MaskDecoder(transformer_dim=dim, transformer=transformer, iou_head_hidden_dim=dim)
+    return modeling.Sam(encoder, prompt_encoder, decoder, mean, std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,31 +63,26 @@ class Backbone:
 
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"
+_META_FILES = {
+    "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+}
 # fmt: off
-BACKBONES = {
-    "tiny": Backbone(_build_tiny),
-    "vit_b": Backbone(
-        build_sam.build_sam_vit_b, "sam_vit_b_01ec64.pth",
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", _META + "sam_vit_b_01ec64.pth",
-    ),
-    "vit_l": Backbone(
-        build_sam.build_sam_vit_l, "sam_vit_l_0b3195.pth",
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", _META + "sam_vit_l_0b3195.pth",
-    ),
-    "vit_h": Backbone(
-        build_sam.build_sam_vit_h, "sam_vit_h_4b8939.pth",
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", _META + "sam_vit_h_4b8939.pth",
-    ),
+BACKBONES = {"tiny": Backbone(_build_tiny)} | {
+    name: Backbone(build_sam.sam_model_registry[name], file, sha256, _META + file)
+    for name, (file, sha256) in _META_FILES.items()
+} | {
     # MobileSAM was distilled from SAM ViT-H. Its file has the classifier of an earlier training.
     "mobile_sam": Backbone(
-        partial(_build_light, 1024, 4, 1000, PIXEL_MEAN, PIXEL_STD), "mobile_sam.pt",
+        lambda: _build_around(TinyViT(1024, patch=4, num_classes=1000)), "mobile_sam.pt",
         "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
         "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
     ),
     # LiteMedSAM was distilled from MedSAM, on medical pictures of 256 x 256 pixels in [0, 1].
     # Ours: grey levels of ACDC's slices, each scaled to [0, 1] as its training pictures were.
     "lite_medsam": Backbone(
-        partial(_build_light, 256, 1, 0, [0.0] * 3, [255.0] * 3), "lite_medsam.pth",
+        lambda: _build_around(TinyViT(256, patch=1), [0.0] * 3, [255.0] * 3), "lite_medsam.pth",
         "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76", stride=4, grey=(60.0, 60.0),
     ),
 }
@@ -104,18 +92,17 @@ BACKBONES = {
 def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
     """Return the file with SAM's weights: the user's own at `path`, or the published one, in torch's cache.
 
-    Returns: the file; None for a backbone without pre-trained weights.
-    Raises: ValueError for a file too many, FileNotFoundError for one that is missing and cannot be fetched.
+    Return None for a backbone that has none; then a `path` is a ValueError. FileNotFoundError: no such file.
     """
     backbone = BACKBONES[name]
-    if backbone.file is None:
-        if path is not None:
-            raise ValueError(f"--sam {name} has no pre-trained weights: leave out --sam-checkpoint {path}")
-        return None
     if path is not None:
+        if backbone.file is None:
+            raise ValueError(f"--sam {name} has no pre-trained weights: leave out --sam-checkpoint {path}")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file, expected SAM {name} ({backbone.file})")
         return Path(path)
+    if backbone.file is None:
+        return None
     target = Path(torch.hub.get_dir()) / "checkpoints" / backbone.file
     if target.is_file():
         return target
@@ -127,7 +114,7 @@ def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:  # torch checks the sha256, and gives the file its name only when it is whole
         torch.hub.download_url_to_file(backbone.url, str(target), hash_prefix=backbone.sha256)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"SAM {name} could not be downloaded ({error}).\n  from {backbone.url}\n  to   {target}\n"
             "Put the file there by hand, or pass --sam-checkpoint FILE. (--sam tiny needs no weights.)"
@@ -144,9 +131,9 @@ def load_sam(sam: nn.Module, name: str, path: str | Path, grid: tuple[int, int])
             state[positions] = resample_position_embedding(state[positions], grid)
         sam.load_state_dict(state, strict=True)
     except Exception as error:  # a wrong file fails in unpickling, in look-up or in shapes
-        reason = " ".join(str(error).strip().splitlines()[:3])[:300]
+        found = f"{path} does not hold SAM {name}: {' '.join(str(error).strip().splitlines()[:3])[:300]}"
         expected = f"expected the file {BACKBONES[name].file}, or another backbone with --sam"
-        raise ValueError(f"{path} does not hold SAM {name}: {reason} ... {expected}") from error
+        raise ValueError(f"{found} ... {expected}") from error
 
 
 def file_sha256(path: str | Path) -> str:
@@ -160,5 +147,4 @@ def resample_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Ten
     if tuple(embedding.shape[1:3]) == tuple(grid):
         return embedding
     channels_first = embedding.permute(0, 3, 1, 2)
-    resampled = F.interpolate(channels_first, size=grid, mode="bicubic", align_corners=False, antialias=True)
-    return resampled.permute(0, 2, 3, 1)
+    return F.interpolate(channels_first, grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1)

@@ -48,41 +48,34 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
-        kernel_size, stride = {4: (3, 2), 1: (1, 1)}[patch]
-        first = ConvNorm(3, dim // 2, kernel_size, stride)
-        self.seq = nn.Sequential(first, nn.GELU(), ConvNorm(dim // 2, dim, kernel_size, stride))
+        sizes = {4: (3, 2), 1: (1, 1)}[patch]  # kernel and stride of both
+        self.seq = nn.Sequential(ConvNorm(3, dim // 2, *sizes), nn.GELU(), ConvNorm(dim // 2, dim, *sizes))
 
     def forward(self, image: Tensor) -> Tensor:
         """(S, 3, H, W) -> (S, H / patch, W / patch, dim)."""
         return self.seq(image.permute(0, 2, 3, 1).contiguous())
 
 
-class ConvBlock(nn.Module):
-    """The block of stage 0: an inverted bottleneck of convolutions with a skip, as MobileNet's, with GELU."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv1 = ConvNorm(dim, 4 * dim)
-        self.conv2 = ConvNorm(4 * dim, 4 * dim, kernel_size=3, groups=4 * dim)
-        self.conv3 = ConvNorm(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(S, h, w, dim) -> the same shape."""
-        return F.gelu(x + self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x))))))
-
-
 class Merge(nn.Module):
-    """The layer between two stages: it changes the channels and, with stride 2, halves the resolution."""
+    """Convolutions between two stages: they change the width and, with stride 2, halve the resolution."""
 
-    def __init__(self, in_dim: int, out_dim: int, stride: int):
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, stride: int = 1):
         super().__init__()
-        self.conv1 = ConvNorm(in_dim, out_dim)
-        self.conv2 = ConvNorm(out_dim, out_dim, kernel_size=3, stride=stride, groups=out_dim)
-        self.conv3 = ConvNorm(out_dim, out_dim)
+        self.conv1 = ConvNorm(in_dim, hidden_dim)
+        self.conv2 = ConvNorm(hidden_dim, hidden_dim, kernel_size=3, stride=stride, groups=hidden_dim)
+        self.conv3 = ConvNorm(hidden_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, h, w, in_dim) -> (S, h / stride, w / stride, out_dim)."""
         return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
+
+
+class ConvBlock(Merge):
+    """The block of stage 0: the same convolutions as an inverted bottleneck, with a skip and GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(S, h, w, C) -> the same shape."""
+        return F.gelu(x + super().forward(x))
 
 
 class WindowAttention(nn.Module):
@@ -92,13 +85,11 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.window = heads, window
         self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
-        rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-        rows, columns = rows.flatten(), columns.flatten()
-        distance = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
-        self.register_buffer("distance", distance, persistent=False)  # (T, T) for T = window * window tokens
+        places = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (T, 2) for T tokens
+        rows, columns = (places[:, None] - places).abs().unbind(-1)  # (T, T) each
+        self.register_buffer("distance", rows * window + columns, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, h, w, C) -> same. Zeros before the norm fill the last windows and take part in attention."""
@@ -106,16 +97,13 @@ class WindowAttention(nn.Module):
         x = F.pad(x, (0, 0, 0, -w % self.window, 0, -h % self.window))
         rows, columns = x.shape[1] // self.window, x.shape[2] // self.window
         x = x.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
-        x = self.attend(x.flatten(3, 4).flatten(0, 2))  # (S, rows, columns, T, C) -> (S*rows*columns, T, C)
-        x = x.unflatten(0, (-1, rows, columns)).unflatten(3, (self.window, self.window)).transpose(2, 3)
-        return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
-
-    def attend(self, x: Tensor) -> Tensor:
-        """Attend inside each window. (R, T, C) for R windows -> the same shape."""
+        x = x.flatten(3, 4).flatten(0, 2)  # (R, T, C) for R = S * rows * columns windows of T tokens
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.heads, 3, -1))
         query, key, value = qkv.permute(3, 0, 2, 1, 4)  # (R, heads, T, C / heads) each
         scores = query * query.shape[-1] ** -0.5 @ key.mT + self.attention_biases[:, self.distance].to(query)
-        return self.proj((scores.softmax(-1).to(value) @ value).transpose(1, 2).flatten(2))
+        x = self.proj((scores.softmax(-1).to(value) @ value).transpose(1, 2).flatten(2))
+        x = x.unflatten(0, (-1, rows, columns)).unflatten(3, (self.window, self.window)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
 
 
 class TransformerBlock(nn.Module):
@@ -125,23 +113,14 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attn = WindowAttention(dim, heads, window)
         self.local_conv = ConvNorm(dim, dim, kernel_size=3, groups=dim)
-        layers = {"norm": nn.LayerNorm(dim), "fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU()}
-        self.mlp = nn.Sequential(OrderedDict(layers | {"fc2": nn.Linear(4 * dim, dim)}))
+        norm, fc1, fc2 = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(norm=norm, fc1=fc1, act=nn.GELU(), fc2=fc2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, h, w, C) -> the same shape."""
         attended = self.attn(x)
         x = self.local_conv(x + attended)
         return x + self.mlp(x)
-
-
-class Stage(nn.Module):
-    """Blocks of one width, and `downsample`, the merge to the next stage; the last stage has none."""
-
-    def __init__(self, blocks: list[nn.Module], merge: Merge | None):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = merge
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -157,31 +136,33 @@ class TinyViT(nn.Module):
 
     Args:
         img_size: side of the pictures of its training in pixels; SAM's `preprocess` pads to it.
-        patch, out_chans: see `PatchEmbed`; the channels of the neck.
+        patch: pixels of a token's side in stage 0, 4 or 1.
         num_classes: of a classifier that is never read; MobileSAM's file has one.
     """
 
-    def __init__(self, img_size: int = 1024, patch: int = 4, out_chans: int = 256, num_classes: int = 0):
+    def __init__(self, img_size: int = 1024, patch: int = 4, num_classes: int = 0):
         super().__init__()
         self.img_size, self.stride = img_size, 4 * patch
         self.patch_embed = PatchEmbed(WIDTHS[0], patch)
         self.layers = nn.ModuleList()
-        for i, (dim, depth) in enumerate(zip(WIDTHS, DEPTHS)):
-            kind, sizes = (TransformerBlock, (dim, HEADS[i], WINDOWS[i])) if i else (ConvBlock, (dim,))
-            blocks = [kind(*sizes) for _ in range(depth)]
-            merge = Merge(dim, WIDTHS[i + 1], 1 if i == 2 else 2) if i < 3 else None
-            self.layers.append(Stage(blocks, merge))
+        for i, (dim, next_dim, depth) in enumerate(zip(WIDTHS, [*WIDTHS[1:], None], DEPTHS)):
+            kind = TransformerBlock if i else ConvBlock
+            sizes = (dim, HEADS[i], WINDOWS[i]) if i else (dim, 4 * dim, dim)
+            stage = nn.Module()
+            stage.blocks = nn.ModuleList(kind(*sizes) for _ in range(depth))
+            stage.downsample = Merge(dim, next_dim, next_dim, 1 if i == 2 else 2) if next_dim else None
+            self.layers.append(stage)
         if num_classes:
             self.norm_head, self.head = nn.LayerNorm(WIDTHS[-1]), nn.Linear(WIDTHS[-1], num_classes)
         self.neck = nn.Sequential(
-            nn.Conv2d(WIDTHS[-1], out_chans, kernel_size=1, bias=False),
-            ChannelNorm(out_chans, eps=1e-6),
-            nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
-            ChannelNorm(out_chans, eps=1e-6),
+            nn.Conv2d(WIDTHS[-1], 256, kernel_size=1, bias=False),
+            ChannelNorm(256, eps=1e-6),
+            nn.Conv2d(256, 256, kernel_size=3, padding=1, bias=False),
+            ChannelNorm(256, eps=1e-6),
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """(S, 3, H, W), sides multiples of `stride` -> (S, out_chans, H / stride, W / stride)."""
+        """(S, 3, H, W), sides multiples of `stride` -> (S, 256, H / stride, W / stride)."""
         x = self.patch_embed(image)
         for stage in self.layers:
             for block in stage.blocks:

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -62,11 +61,9 @@ def test_boxes_and_pictures_reach_the_model_in_its_own_pixels(name, rows):
     y, x = torch.nonzero(image[0, :rows] > (low + high) / 2, as_tuple=True)
     assert (box - torch.stack([x.min(), y.min(), x.max(), y.max()])).abs().max() <= 1  # around the object
     labels = torch.zeros(48, 64)
-    labels[40:48, 62:64] = 3
-    _, ((x0, y0, x1, y1),) = baselines.box_prompts(
-        labels, (12, 16)
-    )  # columns in half a pixel: not inside out
-    assert x0 <= x1 <= 16 and y0 <= y1 <= 12
+    labels[40:48, 62:64] = 3  # columns in half a pixel
+    _, ((x0, y0, x1, y1),) = baselines.box_prompts(labels, (12, 16))
+    assert x0 <= x1 <= 16 and y0 <= y1 <= 12  # not inside out
 
 
 def test_mr_is_cut_at_percentiles_of_the_voxels_above_zero_and_ct_at_its_window():
@@ -123,12 +120,11 @@ def test_a_stopped_prediction_goes_on_and_nothing_passes_for_automatic(run, monk
 
 def test_boxes_of_another_program_are_used_and_no_truth_is_opened_before_scoring(run, monkeypatch, capsys):
     cases, opened, read_volume = layouts.find_data("phantom", None).splits["val"], [], nifti.read_volume
-    Path("net").mkdir()
     for case in cases:  # the other program sees one pixel of the LV in the first slice
-        image = nib.load(case.images[0])
-        label = np.zeros(image.shape, np.uint8)
-        label[20, 30, 0] = 3
-        nib.save(nib.Nifti1Image(label, image.affine), f"net/{case.name}.nii.gz")
+        label, geometry = nifti.read_label(case.label, 4)
+        label[:], label[0, 30, 20] = 0, 3
+        Path("net").mkdir(exist_ok=True)
+        nifti.write_label_map(Path("net", f"{case.name}.nii.gz"), label, geometry)
     monkeypatch.setattr(nifti, "read_volume", lambda path, *r: opened.append(path) or read_volume(path, *r))
     results, name = run("small --prompts net"), f"boxes-{Path.cwd().name}_net"
     first = min(opened.index(case.label) for case in cases)

@@ -13,17 +13,13 @@ def runs(tmp_path, monkeypatch) -> None:
     """Three runs that differ in variant and seed."""
     monkeypatch.chdir(tmp_path)
     for name, dice in {"b1-0": 0.5, "b1-1": 0.7, "b9-0": 0.8}.items():
-        variant, seed = name.split("-")
-        arguments = {"variant": variant, "seed": int(seed), "name": name, "epochs": 3, "lr": 1e-3}
-        log = [
-            {"epoch": 1, "val_dice": None},
-            {"epoch": 2, "val_dice": dice, "val_dice_per_class": {"a": dice + 0.1, "b": None}},
-            {"epoch": 3, "val_dice": 0.1, "val_dice_per_class": {"a": 0.1, "b": 0.1}},
-        ]
+        arguments = {"variant": name[:2], "seed": int(name[3]), "name": name, "epochs": 3, "lr": 1e-3}
+        dices = (None, {}), (dice, {"a": dice + 0.1, "b": None}), (0.1, {"a": 0.1, "b": 0.1})
+        log = [{"epoch": i, "val_dice": v, "val_dice_per_class": c} for i, (v, c) in enumerate(dices, 1)]
         config = {"arguments": arguments, "parameters": {"total": [12_340_000, 0]}}
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps(config))
-        Path(name, "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+        Path(name, "log.jsonl").write_text("\n".join(map(json.dumps, log)))
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_row_of_their_best_epochs(capsys):
@@ -36,17 +32,19 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_of_their_best_epochs(c
 
 
 def test_what_is_no_finished_run_is_skipped_with_a_line(capsys):
-    log, content = Path("b9-0/log.jsonl"), Path("b9-0/log.jsonl").read_text().splitlines()
+    log, (first, second, _) = Path("b9-0/log.jsonl"), Path("b9-0/log.jsonl").read_text().splitlines()
+    nothing = "no config.json and log.jsonl of train.py"
     for text, found in (
-        ("\n".join(content[:2]), "2 of 3 epochs, 1 of them validated"),
-        ("\n".join(content[:1] * 3), "1 of 3 epochs, 0 of them validated"),
-        ("", "no config.json and log.jsonl of train.py"),
-        (content[0][:9], "no config.json and log.jsonl of train.py"),
+        (f"{first}\n{second}", "2 of 3 epochs, 1 of them validated"),
+        (first, "1 of 3 epochs, 0 of them validated"),
+        (first.replace("1", "3"), "3 of 3 epochs, 0 of them validated"),
+        ("", nothing),
+        (first[:9], nothing),
     ):
         log.write_text(text)
         compare.main(["b1-0", "b9-0", "nowhere"])
         skipped, nowhere, _, row, _ = capsys.readouterr().out.splitlines()
         assert skipped == f"skipped b9-0: found {found}, expected a finished run"
-        assert nowhere.startswith("skipped nowhere: found no config.json") and row.split()[0] == "b1"
+        assert nowhere.startswith(f"skipped nowhere: found {nothing}") and row.split()[0] == "b1"
     with pytest.raises(SystemExit, match="^compare.py: found no finished run in 2 folders"):
         compare.main(["b9-0", "nowhere"])

@@ -22,6 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,20 +44,21 @@ PUBLISHED = {"paper": (14, 91), "release, ACDC (ViT-B)": (21.4, 93.7), "release,
 
 def measure(run: Callable, device: torch.device, repeat: int) -> dict[str, float]:
     """Return gflop, the medians of seconds and cpu_seconds of `repeat` runs, and on a GPU the peak gib."""
-    wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
+    on_gpu, times = device.type == "cuda", []
     with FlopCounterMode(display=False) as counter:
         run()  # this warms up too
-    if device.type == "cuda":
+    if on_gpu:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     for _ in range(repeat):
-        wait()
         began, cpu_began = time.perf_counter(), time.process_time()
         run()
-        wait()
+        if on_gpu:
+            torch.cuda.synchronize()
         times.append((time.perf_counter() - began, time.process_time() - cpu_began))
     seconds, cpu_seconds = map(statistics.median, zip(*times))
     cost = {"gflop": counter.get_total_flops() / 1e9, "seconds": seconds, "cpu_seconds": cpu_seconds}
-    return cost | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {})
+    return cost | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if on_gpu else {})
 
 
 class Bench:
@@ -64,19 +66,20 @@ class Bench:
 
     def __init__(self, config: MaskSAMConfig, args: argparse.Namespace):
         torch.manual_seed(0)
-        self.args, self.device, (depth, *plane) = args, torch.device(args.device), config.patch_size
-        self.measure = lambda run: measure(run, self.device, args.repeat)
+        self.device, (depth, *plane), batch = torch.device(args.device), config.patch_size, args.batch_size
+        self.autocast = partial(files.autocast, self.device, args.amp)
+        self.measure = partial(measure, device=self.device, repeat=args.repeat)
         self.model, self.criterion = MaskSAM(config).to(self.device), SetCriterion()
         self.model.gradient_checkpointing = args.checkpointing
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # the weights stay as they are
-        self.volume = torch.randn(args.batch_size, config.num_channels, depth, *plane, device=self.device)
-        labels = torch.randint(config.num_classes, (args.batch_size * depth, *plane), device=self.device)
+        self.volume = torch.randn(batch, config.num_channels, depth, *plane, device=self.device)
+        labels = torch.randint(config.num_classes, (batch * depth, *plane), device=self.device)
         self.segments = label_map_to_segments(labels, config.num_classes)
 
     def step(self) -> None:
         """Make one training step, as train.py does."""
-        with files.autocast(self.device, self.args.amp):
+        with self.autocast():
             outputs = self.model(self.volume)
         self.criterion(outputs, self.segments)[0].backward()
         self.optimizer.step()
@@ -84,37 +87,36 @@ class Bench:
 
     def predict(self) -> torch.Tensor:
         """Return the semantic maps of the batch."""
-        with files.autocast(self.device, self.args.amp):
+        with self.autocast():
             return self.model.eval().predict(self.volume)
 
     def rows(self) -> dict[str, dict]:
         """Measure prediction and step, the parts of `MaskSAM.forward` in order, and SAM's own encoder."""
         rows = {"prediction, step": self.measure(self.predict) | {"training": self.measure(self.step)}}
+        model = self.model
 
         def part(name: str, call: Callable, *inputs) -> object:
-            with torch.no_grad(), files.autocast(self.device, self.args.amp):
-                outputs = call(*inputs)
-                rows[name] = self.measure(lambda: call(*inputs))
-
             def forward_and_backward() -> None:  # from gradients of ones
                 leaves = tree_map(lambda x: x.detach().requires_grad_(x.is_floating_point()), inputs)
-                with files.autocast(self.device, self.args.amp):
+                with self.autocast():
                     roots = [x for x in tree_leaves(call(*leaves)) if x is not None and x.requires_grad]
                 torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
                 self.optimizer.zero_grad()
 
+            with torch.no_grad(), self.autocast():
+                rows[name] = self.measure(lambda: call(*inputs))
+                outputs = call(*inputs)
             rows[name]["training"] = self.measure(forward_and_backward)
             return outputs
 
-        model = self.model
         image = part("stem", model.stem, self.volume.transpose(1, 2).flatten(0, 1))
         neck, taps = part("encoder", model.encode, image)
         aux = part("prompt generator", model.prompt_generator, neck, taps)
-        sparse, dense, image_pe = part("prompt encoder", model.encode_prompts, aux)
+        *prompts, image_pe = part("prompt encoder", model.encode_prompts, aux)
         tokens = model.class_tokens + aux["class_tokens"]
-        class_logits, mask_logits = part("decoder", model.decode, neck, image_pe, sparse, dense, tokens)
-        outputs = {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
-        terms = part("costs of all pairs", lambda outputs: pairwise_terms(outputs, self.segments), outputs)
+        classes, masks = part("decoder", model.decode, neck, image_pe, *prompts, tokens)
+        outputs = {"class_logits": classes, "mask_logits": masks, **aux}
+        terms = part("costs of all pairs", partial(pairwise_terms, segments=self.segments), outputs)
         rows["matching"] = self.measure(lambda: self.criterion.matcher(terms, self.segments.present))
         part("plain SAM: encoder", model.sam.image_encoder, image)
         return rows
@@ -165,7 +167,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="input size of SAM")
     add("--queries", type=int, dest="num_queries", help="number of queries N")
     add("--batch", type=int, default=1, dest="batch_size", help="number of patches (default: %(default)s)")
-    add("--amp", choices=files.AMP_TYPES, help="files.autocast type (default: as in train.py)")
+    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: as in train.py)")
     add("--checkpointing", action=switch, default=True, help="compute encoder blocks again in backward")
     add("--repeat", type=int, default=3, help="number of runs of each part (default: %(default)s)")
     add("--parameters", action="store_true", help="count parameters by component, instead of measuring")
@@ -173,25 +175,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> dict[str, dict]:
-    """Measure and print as the command line says; return the rows."""
-    args.amp, args.sam = args.amp or files.default_amp(args.device), args.sam or PRESETS[args.data].sam
-    preset, sizes = recipe(PRESETS[args.data], args.sam), ("patch_size", "encoder_size", "num_queries")
-    vars(args).update(sizes := {name: getattr(args, name) or getattr(preset, name) for name in sizes})
-    config = MaskSAMConfig(args.sam, args.variant, num_classes=len(preset.task.labels), **sizes)
-    if args.parameters:
-        return count(config)
-    print(f"{args.device}, {args.amp}, {torch.get_num_threads()} threads: {config}")
-    print_rows(rows := Bench(config, args).rows(), args)
-    print(f"memory: {peak_memory(torch.device(args.device)) / 2**30:.2f} GiB at most")
-    return rows
-
-
 def main(argv: list[str] | None = None) -> dict:
-    """Run the command. Return the content of `--json`."""
+    """Measure or count, and print, as the command line says. Return the content of `--json`."""
     args = parse_arguments(argv)
     with files.one_sentence("benchmark.py", args.debug):
-        results = {"rows": run(args), "arguments": vars(args), "torch": torch.__version__}
+        args.amp, args.sam = args.amp or files.default_amp(args.device), args.sam or PRESETS[args.data].sam
+        preset, sizes = recipe(PRESETS[args.data], args.sam), ("patch_size", "encoder_size", "num_queries")
+        vars(args).update(sizes := {name: getattr(args, name) or getattr(preset, name) for name in sizes})
+        config = MaskSAMConfig(args.sam, args.variant, num_classes=len(preset.task.labels), **sizes)
+        if args.parameters:
+            rows = count(config)
+        else:
+            print(f"{args.device}, {args.amp}, {torch.get_num_threads()} threads: {config}")
+            print_rows(rows := Bench(config, args).rows(), args)
+            print(f"memory: {peak_memory(torch.device(args.device)) / 2**30:.2f} GiB at most")
+        results = {"rows": rows, "arguments": vars(args), "torch": torch.__version__}
         if args.json:
             files.write_text(Path(args.json), json.dumps(results, indent=1))
         return results

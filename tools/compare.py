@@ -1,11 +1,9 @@
 """Print one table of training runs, for table 4 and any other series of experiments.
 
-The columns in front are the settings in which the rows differ. Dice is each run's best validation Dice, as
-train.py measured it during training; no prediction is made here. Folders without a finished run are skipped.
+The columns in front are the settings in which the rows differ; runs that differ in their seed alone are one
+row. Dice is each run's best validation Dice, as train.py measured it. Unfinished runs are skipped.
 
     python -m tools.compare runs/*
-
-    config.json, log.jsonl of each run ──> one row for all runs that differ in nothing but their seed
 """
 
 import argparse
@@ -48,18 +46,18 @@ def compare_runs(folders: Sequence[str | Path]) -> None:
             print(f"skipped {error}, expected a finished run")
     if not groups:
         raise ValueError(f"found no finished run in {len(folders)} folders, expected one or more")
-    settings = [group[0][0] for group in groups.values()]
-    keys = dict.fromkeys(key for row in settings for key in row)
-    keys = [key for key in keys if len({json.dumps(row.get(key)) for row in settings}) > 1] or ["variant"]
-    bests = [[best for _, best, _ in group] for group in groups.values()]
-    classes = list(dict.fromkeys(name for best in sum(bests, []) for name in best["val_dice_per_class"]))
+    runs = sum(groups.values(), [])
+    keys = dict.fromkeys(key for settings, _, _ in runs for key in settings)
+    keys = [key for key in keys if len({json.dumps(run[0].get(key)) for run in runs}) > 1] or ["variant"]
+    classes = list(dict.fromkeys(name for _, best, _ in runs for name in best["val_dice_per_class"]))
     rows = []
-    for ((own, _, parameters), *_), best in zip(groups.values(), bests):
-        dice = [epoch["val_dice"] for epoch in best]
-        by_class = [[epoch["val_dice_per_class"].get(name) for name in classes] for epoch in best]
+    for group in groups.values():
+        (settings, *_), bests, (millions, *_) = zip(*group)
+        dice = [best["val_dice"] for best in bests]
+        by_class = [[best["val_dice_per_class"].get(name) for name in classes] for best in bests]
         values = [np.mean(dice), min(dice), max(dice), *known_mean(np.array(by_class, np.float64), 0)]
         cells = ["-" if np.isnan(value) else f"{value:.4f}" for value in values]
-        rows.append([*(str(own.get(key)) for key in keys), f"{parameters:.2f}", str(len(best)), *cells])
+        rows.append([*(str(settings.get(key)) for key in keys), f"{millions:.2f}", str(len(group)), *cells])
     table = [[*keys, "trained M", "seeds", "Dice", "lowest", "highest", *classes], *sorted(rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     for line in table:
