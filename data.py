@@ -291,7 +291,7 @@ class PatchDataset(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return image (C, D, H, W) float32 (C + 1 with given boxes) and class ids (D, H, W) int64."""
+        """Return image (C, D, H, W) float32 (C + 1 with given boxes) and class ids (D, H, W) uint8."""
         if not 0 <= index < self.length:
             raise IndexError(f"patch {index} of {self.length}")  # this ends a `for` loop over the data set
         rng = np.random.default_rng((self.seed, index))
@@ -331,7 +331,7 @@ def cut(
         minimum: (C), values outside the volume (Ours). The class id is 0 there.
         low, size: first voxel, which may be negative, and shape of the patch, both (D, H, W).
         angle, scale: rotation in radians; a scale above 1 shows more of the volume.
-    Returns: image (C, *size) float32 and class ids (*size) int64.
+    Returns: image (C, *size) float32 and class ids (*size) uint8.
     """
     depth, height, width = size
     y, x = (torch.arange(n) - (n - 1) / 2 for n in (height, width))  # pixels, from the patch's centre
@@ -352,10 +352,10 @@ def cut(
     def sample(stack: Tensor, mode: str) -> Tensor:  # all slices of all channels share one grid; 0 outside
         return F.grid_sample(stack.flatten(0, -3)[None], grid, mode, "zeros", align_corners=False)[0]
 
-    patch, patch_label = floor.repeat(1, *size), torch.zeros(tuple(size), dtype=torch.int64)
+    patch, patch_label = floor.repeat(1, *size), torch.zeros(tuple(size), dtype=torch.uint8)
     inside = slice(window[0].start - low[0], window[0].stop - low[0])  # slices of the patch that exist
     patch[:, inside] += sample(part - floor, "bilinear").unflatten(0, part.shape[:2])
-    patch_label[inside] = sample(part_label, "nearest").long()
+    patch_label[inside] = sample(part_label, "nearest").byte()
     return patch, patch_label
 
 

@@ -185,7 +185,7 @@ def test_plain_patches_are_crops_and_a_smaller_volume_is_centred_in_its_minimum(
         windows = np.lib.stride_tricks.sliding_window_view
         volumes.append((windows(image, size), windows(np.pad(case.label, pads), size)))
     for image, label in PatchDataset(source.splits["train"], plan, cache, size, 12, seed=0, augment=False):
-        assert image.dtype == torch.float32 and label.dtype == torch.int64
+        assert image.dtype == torch.float32 and label.dtype == torch.uint8
         hits = [labels[np.abs(images - image[0].numpy()).max((3, 4, 5)) < 1e-4] for images, labels in volumes]
         assert sum(np.array_equal(each, label) for labels in hits for each in labels) == 1
 
@@ -279,7 +279,7 @@ def test_given_boxes_follow_the_labels_and_nothing_else_of_a_patch_changes(tmp_p
     assert len(list(cache.glob("*.boxes-*.npy"))) == len(cases) * other
     sets = [PatchDataset(each, plan, cache, (4, 8, 8), 30, 0) for each in (cases, source.splits["train"])]
     for (patch, labels), (image, same_labels) in zip(*sets):
-        assert torch.equal(patch[-1].long(), (labels == 2).long() if other else labels)
+        assert torch.equal(patch[-1].byte(), (labels == 2).byte() if other else labels)
         assert torch.equal(patch[:-1], image) and torch.equal(labels, same_labels)
     for case in (data.load_cached(case, plan, cache) for case in cases):
         assert np.array_equal(case.box_labels, (case.label == 2) if other else case.label)
