@@ -165,13 +165,14 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
     folder, cases = Path(cache_dir), sum(source.splits.values(), ())
     paths = [path for case in cases for path in (*case.images, case.label, case.box_source)]
     plan_file = folder / f"plan-{file_key(dataclasses.asdict(source), paths)}.json"  # written after the check
-    if not plan_file.is_file():
+    try:
+        plan = Plan.from_dict(json.loads(plan_file.read_text()))
+    except (OSError, ValueError):  # not there, or damaged
         measured = survey(cases, source.task, workers)
         plan = make_plan(source, [measured[case] for case in source.splits["train"]])
         print("\n".join(plan.decisions))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(plan_file, json.dumps(plan.as_dict(), indent=1))
-    plan = Plan.from_dict(json.loads(plan_file.read_text()))
     write = functools.partial(_write_missing_parts, plan=plan, folder=folder)
     list(parallel(write, [case for case in cases if case.label is not None], workers, "preparing"))
     return plan
