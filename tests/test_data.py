@@ -144,6 +144,7 @@ def test_an_interrupted_cache_goes_on_and_only_what_changed_is_prepared_again(tm
     damaged = next(cache.glob(f"{case.name}-*.{[*data.PARTS][part]}.npy"))
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a single bit
+    next(cache.glob("plan-*.json")).write_text("{")  # half a plan
     assert data.prepare(source, cache) == plan and names[2:] == [case.name]
     assert np.array_equal(data.load_cached(case, plan, cache).label, prepare_case(case, plan).label)
     save(case.images[0], np.asarray(nib.load(case.images[0]).dataobj) * 2 + 1)
