@@ -169,7 +169,7 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
         plan = Plan.from_dict(json.loads(plan_file.read_text()))
     except (OSError, ValueError):  # not there, or damaged
         measured = survey(cases, source.task, workers)
-        plan = make_plan(source, [measured[case] for case in source.splits["train"]])
+        plan = make_plan(source, [measured[case] for case in source.splits.get("train", ())])
         print("\n".join(plan.decisions))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(plan_file, json.dumps(plan.as_dict(), indent=1))
@@ -420,10 +420,12 @@ def main(argv: list[str] | None = None) -> None:
         measured = survey(cases, source.task, workers)
         counts = ", ".join(f"{name} {len(part)}" for name, part in source.splits.items())
         print(f"{source.root}: no problems in {len(cases)} cases ({counts})")
-        plan = make_plan(source, [measured[case] for case in source.splits["train"]])
-        print("\n".join(plan.decisions))
+        if train := [measured[case] for case in source.splits.get("train", ())]:
+            print("\n".join(make_plan(source, train).decisions))
+        else:
+            print("There are no training cases, so nothing is decided from them.")
         if args.action == "info":
-            print_info(plan.task, list(measured.values()))
+            print_info(source.task, list(measured.values()))
 
 
 if __name__ == "__main__":

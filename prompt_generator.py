@@ -169,7 +169,7 @@ class PromptGenerator(nn.Module):
         if self.form != "a":
             fractions = self.box_head(pooled(2)).float().unflatten(1, (-1, 4)).sigmoid()  # (S, N, 4)
             corner, extent = fractions.split(2, dim=-1)
-            # Release: the far corner is a fraction of what is left, so that x0 <= x1 and y0 <= y1.
+            # Release: an extent is a fraction of the way from the corner to 1, so that x0 <= x1 and y0 <= y1.
             out["aux_boxes"] = torch.cat([corner, corner + (1 - corner) * extent], dim=-1)
         return out
 

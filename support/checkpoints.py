@@ -78,7 +78,7 @@ def not_finite(state: dict[str, Tensor]) -> str | None:
 
 
 def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
-    """Yield what is wrong with the content of a file of `size` bytes."""
+    """Yield the problems of the content of a file. The file has `size` bytes."""
     if missing := keys - content.keys():
         yield f"no {', '.join(sorted(missing))} in it"
     for key, kind in (dict.fromkeys(KEYS, dict) | OTHER_TYPES).items():

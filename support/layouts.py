@@ -79,7 +79,7 @@ def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=N
         group: regular expression with one group, the patient in a case's name (default: all but `SCAN`).
         modality: list of `MODALITIES`, one for all channels or one for each (default: by the task).
         flip: list of letters of D H W, the axes that may be flipped (default: by the task).
-    Raises: FileNotFoundError without data, ValueError for unusable files or options, with what is expected.
+    Raises: FileNotFoundError without data, ValueError for unusable files or options. Both say how to go on.
     """
     if data not in PRESETS:
         if root and Path(root).resolve() != Path(data).resolve():

@@ -29,7 +29,7 @@ SIDE_SHARE, SIDE_OFFSET = 0.9, 0.02
 
 def parallel(function: Callable, items: Sequence, workers: int, desc: str) -> Iterator:
     """Call a function for every item in threads, and yield the results in order, with a progress bar."""
-    with ThreadPoolExecutor(workers) as pool:  # its `map` cancels what has not begun when a call fails
+    with ThreadPoolExecutor(workers) as pool:  # if a call fails, `map` cancels those that wait
         results = (map if workers == 1 else pool.map)(function, items)
         yield from tqdm(results, desc, len(items), leave=False, disable=not items)
 
@@ -215,8 +215,9 @@ def print_info(task: Task, measured: Sequence[Measured]) -> None:
     for name, column in zip(names, zip(*rows)):
         print(f"{name:32s}{min(column):12.5g}{np.median(column):12.5g}{max(column):12.5g}")
     labelled = [each for each in measured if each.counts[1:].any()]
-    print(f"\n{'class':32s}{'cases':>12s}{'median ml':>12s}{'% voxels':>12s}")
-    for i, name in [*enumerate(task.labels)][1:]:
+    if labelled:
+        print(f"\n{'class':32s}{'cases':>12s}{'median ml':>12s}{'% voxels':>12s}")
+    for i, name in [*enumerate(task.labels)][1:] if labelled else ():
         ml = [each.counts[i] * np.prod(each.geometry.spacing) / 1000 for each in labelled if each.counts[i]]
         share = np.mean([each.counts[i] / each.counts.sum() for each in labelled])
         print(f"{name:32s}{len(ml):12d}{np.median(ml) if ml else np.nan:12.4g}{100 * share:12.3g}")

@@ -1,6 +1,7 @@
 """Files to patches and back: alignment, plans, the cache, and patches as pure functions."""
 
 import dataclasses
+import shutil
 import time
 
 import nibabel as nib
@@ -15,7 +16,7 @@ import data
 from data import PatchDataset
 from support import layouts, nifti
 from support.layouts import Case
-from volumes import REAL, decathlon, one_hot, plan_for, save, spaced, to_native
+from volumes import REAL, decathlon, one_hot, plan_for, save, spaced, to_native, write_tree
 
 
 def dice(found: np.ndarray, truth: np.ndarray, k: int = 1) -> float:
@@ -309,6 +310,19 @@ def test_the_command_checks_describes_and_prepares_and_lists_all_problems(tmp_pa
     for action in ("check", "prepare"):
         with pytest.raises(SystemExit, match="data.py: 2 problems:\n.*case_.*\n.*case_.*"):
             data.main([action, *where])
+
+
+def test_a_set_of_testing_cases_alone_is_checked_and_described_but_not_prepared(tmp_path, capsys):
+    write_tree(tmp_path, "acdc")
+    shutil.rmtree(tmp_path / "database/training")
+    where = ["--data", "acdc", "--root", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    data.main(["info", *where])
+    printed = capsys.readouterr().out
+    assert (
+        "no problems in 2 cases (testing 2)\nThere are no training cases" in printed and "slices D" in printed
+    )
+    with pytest.raises(SystemExit, match="found no object in 0 training labels"):
+        data.main(["prepare", *where])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="MASKSAM_TEST_DATA is not set")
