@@ -4,10 +4,12 @@ torchrun ── join ──> Processes(rank, local_rank, world, gloo) ── fro
 SIGTERM, SIGINT, SIGUSR1 ── catch_signals ──> Signals.number, at which train.py looks in each step
 """
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -101,6 +103,17 @@ def ignore_signals(_worker: int) -> None:
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """End the processes that ignore signals. After an error Python would wait for them for ever."""
+    for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take it for an accident.
+        worker.kill()
+
+
+if hasattr(signal, "SIGCHLD"):  # Windows ends them in any case.
+    atexit.register(kill_workers)
 
 
 def lock(folder: Path) -> Any:

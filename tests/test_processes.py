@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -42,6 +43,20 @@ def test_the_first_signal_is_noted_and_the_old_handlers_come_back():
             os.kill(os.getpid(), number)
         assert signals.number == signal.SIGUSR1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_ends_the_program_though_its_workers_ignore_signals():
+    code = """
+import sys
+from torch.utils.data import DataLoader
+from support.processes import ignore_signals
+batches = iter(DataLoader(range(9), num_workers=2, worker_init_fn=ignore_signals))
+next(batches)
+print(file=sys.stderr)
+raise SystemExit("an error")  # with the workers alive
+"""
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert end.returncode == 1 and end.stderr.endswith("\nan error\n")
 
 
 def test_other_systems_measure_memory_in_bytes_or_not_at_all(monkeypatch):
