@@ -1,6 +1,8 @@
 """Kill, stop, restart and damage trainings of the phantom, and count what they survive. Run by hand:
 
     python tests/survive.py kills 60         SIGKILL at random times, then --resume: files and weights
+    python tests/survive.py prepare 20       SIGKILL while cases are prepared, then again: the cache
+    python tests/survive.py predict 20       SIGKILL while cases are predicted or scored, then again
     python tests/survive.py signals 20       SIGTERM, SIGINT and SIGUSR1, on one process and on two in turn
     python tests/survive.py restarts 10      a worker of torchrun is killed, and torchrun goes on by itself
     python tests/survive.py files 500        bits, ends and entries of a checkpoint are changed; it is read
@@ -28,9 +30,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import data
+import evaluate
 import model
 import train
-from data import Plan
 from support import phantom
 from support.checkpoints import read_checkpoint
 
@@ -57,7 +60,13 @@ def work(name: str, rank: int, world: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
     torch.set_num_threads(1)
     train.draw = lambda run: None
-    train.main([*OPTIONS, name, "--cache", f"cache-{name}" if name[-1] in "05" else "cache"])
+    if name.startswith("prepare"):
+        data.main(["prepare", "--root", "data", "--cache", name, "--workers", "1"])
+    elif name.startswith("predict"):
+        ckpt = "--ckpt runs/phantom-whole1/best.pt --root data --split all --workers 1 --output".split()
+        evaluate.main([*ckpt, name])
+    else:
+        train.main([*OPTIONS, name, "--cache", f"cache-{name}" if name[-1] in "05" else "cache"])
 
 
 def start(name: str, world: int) -> list[multiprocessing.Process]:
@@ -87,7 +96,10 @@ def wait_for_step(name: str, pid: int) -> None:
 
 
 def result(name: str) -> tuple[list, dict]:
-    """Return the parts of a finished run that must be equal: its log without times, its last weights."""
+    """Return what must be equal: the bytes of all files; of a training its log without times, its weights."""
+    folder = Path(name)
+    if folder.is_dir():  # a cache or predictions
+        return [], {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
     folder = Path(f"runs/phantom-{name}")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     log = [{k: v for k, v in entry.items() if "seconds" not in k and k != "gib"} for entry in log]
@@ -105,7 +117,7 @@ def disturb(kind: str, number: int, whole: dict, seconds: dict) -> str:
         wait_for_step(name, agent.pid)
     else:
         processes = start(name, world)
-        if number % 5:  # The others are disturbed at any time, also while they prepare.
+        if number % 5 and kind in ("kills", "signals"):  # The others are disturbed while they prepare, too.
             wait_for_step(name, processes[0].pid)
     time.sleep(seconds[world] * random.uniform(0, 0.9))
     if kind == "restarts":
@@ -113,33 +125,35 @@ def disturb(kind: str, number: int, whole: dict, seconds: dict) -> str:
         os.kill(int(random.choice(workers.split())), signal.SIGKILL)
         status = [agent.wait(900)]
     else:
-        sent = (
-            signal.SIGKILL
-            if kind == "kills"
-            else random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-        )
+        soft = random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        sent = soft if kind == "signals" else signal.SIGKILL
         os.kill(random.choice(processes).pid, sent)
         status = wait(processes)
+        if kind != "signals" and status == [0]:
+            return "had ended before"
         begun = "epoch" in Path(f"{name}.txt").read_text()  # Before the first step nothing is lost.
         if kind == "signals" and begun and set(status) not in ({0}, {128 + sent}):
             return f"missed (status {status} after {sent.name})"
         status = wait(start(name, world))
     if any(status):
         return f"missed (status {status} at the end)"
-    (log, state), left = result(name), [*Path(f"runs/phantom-{name}").glob("*.partial")]
-    same = log == whole[world][0] and all(torch.equal(state[key], whole[world][1][key]) for key in state)
+    (log, state), left = result(name), [*Path(".").rglob("*.partial")]
+    same = log == whole[world][0] and state.keys() == whole[world][1].keys()
+    equal = torch.equal if kind in ("kills", "signals", "restarts") else bytes.__eq__
+    same = same and all(equal(state[key], whole[world][1][key]) for key in state)
     return "survived" if same and not left else f"missed (same {same}, left over {len(left)})"
 
 
 def damage(path: Path, copy: Path) -> str:
     """Change a checkpoint at random, build its model as evaluate.py does, and say what came of it."""
-    data, kind = bytearray(path.read_bytes()), random.choice(["bit", "end", "hole", "entry"])
-    place, content = random.randrange(len(data)), torch.load(path, weights_only=True)
+    content, kind = bytearray(path.read_bytes()), random.choice(["bit", "end", "hole", "entry"])
+    place = random.randrange(len(content))
     if kind == "bit":
-        data[place] ^= 1 << random.randrange(8)
+        content[place] ^= 1 << random.randrange(8)
     else:
-        data[place:] = b"" if kind == "end" else bytes(512) + data[place + 512 :]
-    copy.write_bytes(data)
+        content[place:] = b"" if kind == "end" else bytes(512) + content[place + 512 :]
+    copy.write_bytes(content)
+    content = torch.load(path, weights_only=True)
     if kind == "entry":
         part = random.choice(["config", "plan", "cases", "state", "sam"])
         key = random.choice([*content[part]])
@@ -148,7 +162,7 @@ def damage(path: Path, copy: Path) -> str:
         kind = f"entry {part}.{key if part != 'state' else '*'}"
     try:
         network, read = model.load_checkpoint(copy)
-        Plan.from_dict(read["plan"])
+        data.Plan.from_dict(read["plan"])
     except ValueError as error:
         return f"{kind.split('.')[0]} noticed" if "weights_only" not in str(error) else f"missed: {error}"
     except Exception as error:
@@ -165,10 +179,12 @@ def main() -> None:
     os.chdir(tempfile.mkdtemp(prefix="survive-"))
     write_small_phantom(Path("data"))
     whole, seconds, counts = {}, {}, collections.Counter()
-    for world in (1, 2) if kind in ("signals", "restarts") else (1,):
-        processes = start(name := f"whole{world}", world)
-        wait_for_step(name, processes[0].pid)
-        began = time.time()
+    names = {"whole1": 1, "whole2": 2} if kind in ("signals", "restarts") else {"whole1": 1}
+    for name, world in (names | ({f"{kind}-whole": 1} if kind in ("prepare", "predict") else {})).items():
+        began, processes = time.time(), start(name, world)
+        if name.startswith("whole"):
+            wait_for_step(name, processes[0].pid)
+            began = time.time()
         assert not any(wait(processes)), Path(f"{name}.txt").read_text()[-2000:]
         whole[world], seconds[world] = result(name), time.time() - began
     for i in range(number):
