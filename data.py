@@ -131,7 +131,7 @@ def resample_scores(slabs: Iterable[Tensor], depth: int, shape: Shape) -> Iterat
         while first + held.shape[1] <= above[part][-1]:
             done = min(int(below[start]) - first, held.shape[1])  # slices that are no longer needed
             held, first = torch.cat([held[:, done:], next(slabs).float()], dim=1), first + done
-        weight = (places - below)[part, None, None]
+        weight = (places - below)[part, None, None].to(held.device)
         scores = torch.lerp(held[:, below[part] - first], held[:, above[part] - first], weight)
         yield F.interpolate(scores, size=shape[1:], mode="bilinear", align_corners=False)
 
