@@ -142,7 +142,7 @@ class HungarianMatcher:
         Returns:
             (S, N, K) bool with at most one True per query and exactly one per present class.
         Raises:
-            ValueError: a slice has more segments than there are queries, or a cost is not finite.
+            ValueError: a slice has more segments than there are queries.
         """
         cost = sum(self.weights[name] * term for name, term in terms.items())  # (S, N, K)
         # `present` travels as one more row, so that each step copies from the device only once.
@@ -153,9 +153,8 @@ class HungarianMatcher:
             raise ValueError(
                 f"a slice has {most} segments but the model has {num_queries} queries: raise --queries"
             )
-        if not cost.isfinite().all():
-            names = ", ".join(name for name, term in terms.items() if not term.isfinite().all())
-            raise ValueError(f"the matching cost is not finite in {names}: lower --lr or use --amp bf16")
+        # The loss or its gradient is not finite then, and train.py skips the step in all processes.
+        cost = cost.nan_to_num(*[torch.finfo(cost.dtype).max] * 3)
         assigned = torch.zeros(cost.shape, dtype=torch.bool)
         for slice_index, classes in enumerate(on_host):
             (ids,) = classes.nonzero(as_tuple=True)

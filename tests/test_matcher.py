@@ -169,13 +169,20 @@ def test_a_segment_that_is_not_asked_for_is_as_if_it_were_absent():
     assert expected[0] != loss_of(outputs, segments)
 
 
-def test_impossible_costs_and_too_few_queries_are_errors_that_name_them():
-    wrong = {"class_logits": "class", "aux_mask_logits": "aux_mask_bce", "aux_boxes": "box_l1, box_giou"}
-    for part, names in wrong.items():
-        outputs, segments = random_task(4, 3)
-        outputs[part][1, 2] = float("inf") if "mask" in part else float("nan")
-        with pytest.raises(ValueError, match=f"not finite in {names}:"):
-            loss_of(outputs, segments)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["class_logits", "aux_mask_logits", "mask_logits", "aux_boxes"])
+def test_a_number_that_is_not_finite_reaches_the_loss_or_its_gradient(part, value):
+    outputs, segments = random_task(4, 3)
+    outputs = {key: tensor.clone() for key, tensor in outputs.items()}
+    outputs[part][segments.present.any(-1)] = value
+    outputs = {key: tensor.requires_grad_() for key, tensor in outputs.items()}
+    loss, terms = SetCriterion()(outputs, segments)
+    loss.backward()
+    numbers = [loss, *terms.values(), *(tensor.grad for tensor in outputs.values())]
+    assert not all(number.isfinite().all() for number in numbers)
+
+
+def test_too_few_queries_are_an_error_that_names_them():
     with pytest.raises(ValueError, match="3 segments but the model has 2 queries"):
         loss_of(*random_task(2, 3))
 
