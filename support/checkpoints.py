@@ -3,6 +3,7 @@
 {config, sam, plan, state, cases, ...} ── write_checkpoint ──> best.pt ── read_checkpoint ──> the same dict
 """
 
+import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,6 +67,7 @@ def read_checkpoint(path: str | Path, more: Iterable[str] = ()) -> dict:
     except Exception as error:  # A broken or foreign file can raise almost any error here.
         # torch advises to read such a file without `weights_only`, which would run its code.
         problem = "more than tensors and plain values" if "weights_only" in str(error) else reason(error)
+        problem = f"no {error.args[0]} in it" if isinstance(error, KeyError) else problem
         raise ValueError(f"{path}: found {problem}, expected a checkpoint of train.py") from error
     if problem:
         raise ValueError(f"{path}: found {problem}, expected a checkpoint that train.py wrote")
@@ -96,7 +98,13 @@ def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
         mm is None and i == 0 or mm is not None and 0 < mm < 1e4 for i, mm in enumerate(spacing)
     ):
         yield f"the spacing {spacing}, which is not three lengths in mm,"
-    names = {key: task[key] for key in ("labels", "channels")}
+    intensity, ranges = content["plan"]["intensity"], content["plan"]["ranges"]
+    numbers = [part for part in (*intensity, *ranges) if part is not None]
+    if len(intensity) != config["num_channels"] or not all(
+        len(four) == 4 and all(map(math.isfinite, four)) for four in numbers
+    ):
+        yield "intensities that are not four numbers per channel,"
+    names = {key: task[key] for key in ("labels", "channels")} | {"decisions": content["plan"]["decisions"]}
     names |= {key: content["cases"][key] for key in ("train", "val")}
     for name, words in names.items():
         if isinstance(words, str) or not all(isinstance(word, str) for word in words):

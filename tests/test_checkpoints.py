@@ -13,6 +13,7 @@ class Foreign:
 CONFIG = {"sam": "tiny", "num_channels": 1, "num_classes": 2, "num_queries": 4}
 CONFIG |= {"patch_size": (2, 32, 32), "encoder_size": (32, 32)}
 PLAN = {"spacing": [None, 1.5, 1.5], "task": {"labels": ["background", "LV"], "channels": ["MR"]}}
+PLAN |= {"intensity": [None], "ranges": [[0, 900.5, 700, 900]], "decisions": ["No axis is flipped."]}
 CONTENT = {"config": CONFIG, "sam": {"sha256": None}, "plan": PLAN, "epoch": 7}
 CONTENT |= {"state": {"weight": torch.arange(6.0).reshape(2, 3)}, "cases": {"train": ["a"], "val": ["b"]}}
 
@@ -62,10 +63,14 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
         ("config", {"encoder_size": (32, "32")}, "encoder_size .*, which is not between"),
         ("config", {"num_classes": 3}, "a model of other numbers than 2 classes, 1 channels"),
         ("plan", {"task": {"labels": [0, 1], "channels": ["MR"]}}, "labels that are not names"),
-        ("plan", {"task": {}}, "'labels'"),
+        ("plan", {"task": {}}, "no labels in it"),
         ("plan", {"task": [1]}, "no task"),
         ("plan", {"spacing": [1.5, None, 1.5]}, "the spacing .1.5, None"),
         ("plan", {"spacing": [None, 1.5, 0]}, "the spacing .None, 1.5, 0., which is not three lengths"),
+        ("plan", {"intensity": [[0, 1, 2, float("nan")]]}, "intensities that are not four"),
+        ("plan", {"ranges": [[0, 1]]}, "intensities that are not four"),
+        ("plan", {"intensity": [None, None]}, "intensities that are not four"),
+        ("plan", {"decisions": [1]}, "decisions that are not names"),
         ("config", {"given_boxes": "x"}, "no task, or given_boxes that are neither"),
         ("cases", {"val": "patient001"}, "val that are not names"),
         ("state", {"weight": 1.0}, "no numbers for weight"),

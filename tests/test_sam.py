@@ -85,6 +85,7 @@ def test_checkpoint_holds_the_trained_tensors_alone_and_gives_identical_outputs(
     net, record = build_model(MaskSAMConfig(sam, **sizes), file)
     wake(net.encoder_adapters, std=0.05)
     plan = {"spacing": [None, 1.5, 1.5], "task": {"labels": ["a", "b", "c"], "channels": ["MR"]}}
+    plan |= {"intensity": [None], "ranges": [], "decisions": []}
     content = checkpoint_content(net, record, plan) | {"epoch": 7, "cases": {"train": ["x"], "val": []}}
     write_checkpoint(path, content)
     held = {key: value for key, value in net.state_dict().items() if sam == "tiny" or key[:4] != "sam."}
