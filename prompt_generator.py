@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from matcher import masks_to_boxes
 
@@ -83,8 +84,9 @@ class Level(nn.Module):
 
     def forward(self, above: Tensor, tap: Tensor) -> Tensor:
         """(S, above_dim, any, any) and (S, tap_dim, any, any) -> (S, dim, *size)."""
-        above, tap = resize(self.above(above), self.size), resize(self.tap(tap), self.size)
-        return self.merge(torch.cat([above, tap], dim=1))
+        above, tap = self.above(above), self.tap(tap)
+        both = torch.cat([resize(above, self.size), resize(tap, self.size)], dim=1)
+        return self.merge(both).to(above.dtype)  # On a GPU autocast has made float32 of it.
 
 
 def level_sizes(grid: tuple[int, int], patch: tuple[int, int], levels: int, scales=None) -> list[tuple]:
@@ -146,19 +148,22 @@ class PromptGenerator(nn.Module):
     def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
 
-    def forward(self, neck: Tensor, taps: list[Tensor]) -> dict[str, Tensor]:
+    def forward(self, neck: Tensor, taps: list[Tensor], recompute: bool = False) -> dict[str, Tensor]:
         """Generate the auxiliary predictions.
 
         Args:
             neck: (S, neck_dim, h, w), the encoder's output.
             taps: (S, tap_dim, any, any) each, first block first.
+            recompute: whether backward computes the last level, which is the largest, again.
         Returns:
             class_tokens (S, N, neck_dim); aux_mask_logits (S, N, H, W), the paper's m^aux, but not in form b;
             aux_boxes (S, N, 4) x0 <= x1, y0 <= y1 in [0, 1], the paper's b^aux, but not in form a.
         """
         features = [self.neck(neck)]  # (S, neck_dim, h, w)
         for level, tap in zip(self.levels, reversed(taps)):
-            features.append(level(features[-1], tap))  # (S, dim, *size), at last of the patch's size
+            call, again = (level, features[-1], tap), recompute and level is self.levels[-1]
+            # (S, dim, *size), at last of the patch's size
+            features.append(checkpoint(*call, use_reentrant=False) if again else call[0](*call[1:]))
 
         def pooled(side: int) -> Tensor:  # (S, side * side * sum(dims)), the averages of all levels
             return torch.cat([F.adaptive_avg_pool2d(feature, side).flatten(1) for feature in features], dim=1)

@@ -5,7 +5,7 @@
 
     python train.py                                         the phantom, some minutes on two cores
     python train.py --data acdc --root DIR                  ACDC with SAM's ViT-B on one GPU
-    torchrun --nproc_per_node=8 train.py --data acdc        on eight GPUs: eight times the batch, another run
+    torchrun --nproc_per_node=8 train.py --data acdc        on eight GPUs, which share each batch
     python train.py --data DIR --sam lite_medsam            any folder with a dataset.json, on a laptop
     torchrun --max-restarts=3 train.py --resume             go on from last.pt, also after crashes
     python train.py --data DIR --init FILE                  start from a checkpoint of another data set
@@ -48,8 +48,8 @@ import model
 from matcher import SetCriterion
 from support import files, layouts, metrics, nifti, processes
 from support.checkpoints import OTHER_TYPES, read_checkpoint, write_checkpoint
-from support.presets import LIGHT_SCALES, PRESETS, Preset, folder_preset, recipe
-from support.sam import BACKBONES, find_sam_file
+from support.presets import PRESETS, Preset, folder_preset, recipe
+from support.sam import BACKBONES, find_sam_file, store_frozen
 
 MAX_SKIPPED = 10  # Ours: steps in a row whose numbers are not finite, before the run stops
 # Settings that must not change when a run is resumed, besides the model and the plan of the data. Only the
@@ -72,11 +72,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--queries", type=int, dest="num_queries", help="number N of queries")
     add("--epochs", type=int, help="number of epochs")
     add("--iterations", type=int, help="optimizer steps per epoch")
-    add("--batch", type=int, dest="batch_size", help="patches per process and batch")
+    add("--batch", type=int, dest="batch_size", help="patches in a batch, which all processes share")
     add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
     add("--lr", type=float, help="learning rate of the first step")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
+    again = "recompute to save memory (default: if it is short)"
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help=again)
     add("--compile", action="store_true", help="compile the network: slow to start, faster steps on a GPU")
     add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
     add("--val-every", type=int, help="epochs between validations (default: a tenth of all, at least 2)")
@@ -89,29 +90,34 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def resolve(args: argparse.Namespace, preset: Preset) -> None:
-    """Fill in, in place, all values that the command line left open. ValueError: one must be positive."""
-    args.sam = args.sam or preset.sam
-    for name, value in vars(recipe(preset, args.sam)).items():
+def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes) -> None:
+    """Fill in, in place, the values that the command line left open. ValueError: one is impossible.
+
+    The processes share a batch, so that any number of them makes the same run. Ours: where they cannot share
+    the batch of the preset evenly, it grows.
+    """
+    args.sam, given = args.sam or preset.sam, args.batch_size
+    args.device = args.device or files.default_device()
+    for name, value in vars(recipe(preset, args.sam, args.device)).items():
         if name not in ("task", "home", "tree") and getattr(args, name, None) is None:
             setattr(args, name, value)
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
     args.name += layouts.box_source_suffix(args.prompts)  # The name says that a run is not automatic.
-    args.device = args.device or files.default_device()
     args.amp = args.amp or files.default_amp(args.device)
-    if args.checkpointing is None:  # Ours: the light backbones keep their activations, which are small.
-        args.checkpointing = args.sam not in LIGHT_SCALES
     args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
     if args.val_every is None:
         args.val_every = max(2, args.epochs // 10)  # Ours
-    for name in ("epochs", "iterations", "batch_size", "accumulate", "val_every", "lr", "workers", "seed"):
-        value, zero = getattr(args, name), name in ("workers", "seed")
-        if not (value > 0 or zero and value == 0):
-            option, least = (
-                name.removesuffix("_size").replace("_", "-"),
-                "0 or more" if zero else "more than 0",
-            )
+    for option in "epochs iterations batch accumulate val-every lr workers seed".split():
+        value = vars(args)["batch_size" if option == "batch" else option.replace("-", "_")]
+        least = "0 or more" if option in ("workers", "seed") else "more than 0"
+        if not (value > 0 or value == 0 and least == "0 or more"):
             raise ValueError(f"--{option}: found {value}, expected {least}")
+    if missing := -args.batch_size % group.world:
+        if given:
+            raise ValueError(f"--batch: found {given}, expected a multiple of the {group.world} processes")
+        args.batch_size += missing
+        if group.rank == 0:
+            print(f"batch     raised to {args.batch_size} patches, an equal share for each process")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -122,7 +128,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def patch_indices(step: int, args: argparse.Namespace, rank: int, world: int) -> list[int]:
     """Return the numbers of the patches of a process, from a step on. All processes share 0, 1, 2, ... ."""
     batches = range(step * args.accumulate, args.epochs * args.iterations * args.accumulate)
-    return [(batch * world + rank) * args.batch_size + i for batch in batches for i in range(args.batch_size)]
+    share = args.batch_size // world
+    return [batch * args.batch_size + rank * share + i for batch in batches for i in range(share)]
 
 
 @dataclasses.dataclass
@@ -138,7 +145,8 @@ class Run:
         cases = self.source.splits["train"]
         self.cases = {split: [case.name for case in self.source.splits[split]] for split in ("train", "val")}
         shapes = data.cached_shapes(cases, self.plan, self.cache)
-        resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes))
+        resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes), self.group)
+        self.share = args.batch_size // self.world  # patches of this process in a batch
         gpu = f"cuda:{self.group.local_rank}"
         self.device = torch.device(gpu if args.device == "cuda" else args.device)
         self.folder = Path("runs") / f"{self.source.name}-{args.name}"
@@ -147,11 +155,11 @@ class Run:
         check_queries(cases, self.plan, self.cache, args.num_queries)
         self.lock = processes.lock(self.folder) if self.rank == 0 else None
         self.build_network()
-        patches = args.iterations * args.accumulate * args.batch_size * self.world  # of an epoch
+        patches = args.iterations * args.accumulate * args.batch_size  # of an epoch
         self.validation = plan_validation(self, patches * args.val_every, args.val_cases, args.val_overlap)
         everything = len(self.source.splits["val"]), None, self.plan.task.flip_axes
         self.last_validation = plan_validation(self, patches * args.epochs, *everything)
-        schedule = {name: getattr(args, name) for name in SCHEDULE} | {"processes": self.world}
+        schedule = {name: getattr(args, name) for name in SCHEDULE}
         self.settings = {"arguments": vars(args), "schedule": schedule, "commit": git_commit()}
         self.epoch = self.step = self.skipped = 0  # epochs and steps done, steps skipped in a row
         self.best, self.sums, self.elapsed = -1.0, {}, 0.0  # best Dice; sums and seconds of the epoch so far
@@ -163,10 +171,9 @@ class Run:
         options = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
         options |= {"worker_init_fn": processes.ignore_signals}
         indices = patch_indices(self.step, args, self.rank, self.world)
-        self.batches = iter(DataLoader(patches, args.batch_size, sampler=indices, **options))
-        gpus = [self.device.index] if self.device.type == "cuda" else None
+        self.batches = iter(DataLoader(patches, self.share, sampler=indices, **options))
         # DDP averages the gradients of the processes.
-        self.wrapped = self.model if self.world == 1 else DDP(self.model, gpus, broadcast_buffers=False)
+        self.wrapped = self.model if self.world == 1 else DDP(self.model, broadcast_buffers=False)
         self.first_step, self.start = self.step, time.time()
 
     def build_network(self) -> None:
@@ -180,7 +187,12 @@ class Run:
         prompts = {"mask_prompt": args.mask_prompt, "given_boxes": args.prompts != "auto"}
         config = model.MaskSAMConfig(args.sam, args.variant, num_queries=args.num_queries, **sizes, **prompts)
         self.model, self.sam = model.build_model(config, args.sam_checkpoint)
-        self.model.to(self.device).gradient_checkpointing = args.checkpointing
+        self.model.to(self.device)
+        store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
+        if args.checkpointing is None:
+            memory = files.total_memory(self.device)
+            args.checkpointing = self.model.needs_checkpointing(self.share, args.amp, memory)
+        self.model.gradient_checkpointing = args.checkpointing
         if args.compile:
             self.model.compile()
         self.criterion = SetCriterion({"mask_bce": args.mask_weight, "mask_dice": args.mask_weight})
@@ -199,20 +211,18 @@ class Validation(NamedTuple):
     flips: tuple[int, ...] = ()
 
 
-def plan_validation(
-    run: Run, patches: int, number: int | None, overlap: float | None, flips=()
-) -> Validation:
+def plan_validation(run: Run, patches: int, number=None, overlap=None, flips=()) -> Validation:
     """Choose a validation that costs at most a tenth of the training on this many patches.
 
     Ours: a patch costs about three predictions, a forward pass and a backward pass of two. If the whole costs
-    more, mirroring is left out first, then windows overlap less, and then cases are left out, evenly.
+    more, mirroring is left out first, then windows overlap less, and then cases are left out, evenly. A given
+    number of cases and a given overlap stay.
     """
-    cases, budget = run.source.splits["val"], 0.1 * 3 * patches
+    cases, patch, budget = run.source.splits["val"], run.args.patch_size, 0.1 * 3 * patches
     shapes = data.cached_shapes(cases, run.plan, run.cache)
     choices = [(0.5, flips), (0.5, ()), (0.25, ()), (0.0, ())] if overlap is None else [(overlap, flips)]
     for overlap, flips in choices:
-        sides = [[(max(n, p), p) for n, p in zip(shape, run.args.patch_size)] for shape in shapes]
-        starts = [[evaluate.window_starts(*side, overlap) for side in each] for each in sides]
+        starts = ([evaluate.window_starts(max(n, p), p, overlap) for n, p in zip(s, patch)] for s in shapes)
         windows = 2 ** len(flips) * sum(math.prod(map(len, each)) for each in starts)
         if windows <= budget:
             break
@@ -246,10 +256,9 @@ def check_queries(cases: Sequence[layouts.Case], plan: data.Plan, cache: Path, n
         for number, part in enumerate(data.load_cached(case, plan, cache).label):
             # Background may come in at the border of a patch.
             if len(found := np.union1d(part, 0)) > num_queries:
-                classes = ", ".join(plan.task.labels[i] for i in found)
-                expected = f"at most as many as the {num_queries} queries: raise --queries"
-                found = f"found {len(found)} classes in slice {number} ({classes})"
-                raise ValueError(f"{case.name}: {found}, expected {expected}")
+                names = ", ".join(plan.task.labels[i] for i in found)
+                found = f"found {len(found)} classes in slice {number} ({names})"
+                raise ValueError(f"{case.name}: {found}, expected at most {num_queries}: raise --queries")
 
 
 def resume(run: Run) -> bool:
@@ -259,6 +268,7 @@ def resume(run: Run) -> bool:
     if content is None:
         return False
     old = content["config"] | content["plan"] | content["schedule"]
+    old["batch_size"] = old.get("batch_size", 0) * old.pop("processes", 1)  # Older files: per process.
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
     if (epochs := new["epochs"]) > old.get("epochs", epochs):
         if run.group.rank == 0:
@@ -290,11 +300,9 @@ def start_from(run: Run) -> None:
     run.model.load_state_dict({key: state[key] for key in fits}, strict=False)
     kinds = {"of another shape": own.keys() & state.keys() - fits}
     kinds |= {"only in the model": own.keys() - state.keys(), "only in the file": state.keys() - own.keys()}
+    lines = [f"{kind}, not loaded: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
     if run.rank == 0:
-        print(f"init      {path}: {len(fits)} of {len(own)} tensors fit")
-        for kind, names in kinds.items():
-            if names:
-                print(f"          {kind}, not loaded: {', '.join(sorted(names))}")
+        print("\n          ".join([f"init      {path}: {len(fits)} of {len(own)} tensors fit", *lines]))
 
 
 def train(args: argparse.Namespace, group: processes.Processes) -> dict:
@@ -305,9 +313,9 @@ def train(args: argparse.Namespace, group: processes.Processes) -> dict:
     with processes.catch_signals() as run.signals:
         while run.epoch < args.epochs:
             began = time.time() - run.elapsed
-            train_epoch(run, began)
+            entry = train_epoch(run, began)
             run.elapsed = time.time() - began
-            entry = epoch_means(run) | {"seconds": run.elapsed, "val_dice": None}
+            entry |= {"seconds": run.elapsed, "val_dice": None}
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(run)  # After a signal only the validation is repeated.
                 results = validate(run, run.validation)
@@ -327,10 +335,10 @@ def train(args: argparse.Namespace, group: processes.Processes) -> dict:
     return results
 
 
-def train_epoch(run: Run, began: float) -> None:
+def train_epoch(run: Run, began: float) -> dict:
     """Train to the end of the epoch, from `run.step` on, and add the values of `train_step` to `run.sums`.
 
-    Steps that were skipped, because a number was not finite, are counted in their place.
+    Returns: their means over the steps that were not skipped, which are counted, the epoch and the last rate.
     """
     args, first = run.args, run.epoch * run.args.iterations
     run.wrapped.train()
@@ -343,26 +351,18 @@ def train_epoch(run: Run, began: float) -> None:
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         run.skipped = run.skipped + 1 if wrong else 0
         if run.skipped == MAX_SKIPPED:
-            found = (
-                f"found numbers that are not finite in {', '.join(wrong)} for {run.skipped} steps in a row"
-            )
-            raise ValueError(f"step {run.step}: {found}; lower --lr, or use --amp bf16 or off")
+            found = f"found numbers that are not finite in {', '.join(wrong)} for {run.skipped} steps"
+            raise ValueError(f"step {run.step}: {found} in a row; lower --lr, or use --amp bf16 or off")
         for name, value in ({"skipped": 1.0} if wrong else values).items():
             run.sums[name] = run.sums.get(name, 0.0) + value
         bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}")
         if stopped:
             run.elapsed = time.time() - began
             stop(run)
-
-
-def epoch_means(run: Run) -> dict[str, float]:
-    """Return the means over the steps of an epoch that were taken, the epoch's number, and the last rate."""
     skipped = int(run.sums.get("skipped", 0))
-    taken = run.args.iterations - skipped
-    means = {name: value / taken for name, value in run.sums.items() if name != "skipped"}
-    means = means or {"loss": math.nan}
-    rate = learning_rate(run.step - 1, run.args)
-    return means | {"skipped": skipped, "epoch": run.epoch + 1, "lr": rate}
+    means = {name: value / max(1, args.iterations - skipped) for name, value in run.sums.items()}
+    rest = {"skipped": skipped, "epoch": run.epoch + 1, "lr": learning_rate(run.step - 1, args)}
+    return {"loss": math.nan} | means | rest
 
 
 def train_step(run: Run) -> tuple[dict[str, float], bool]:
@@ -421,7 +421,7 @@ def validate(run: Run, how: Validation) -> dict:
     """Return `metrics.summarize` of validation cases, and keep three label maps from all over the list."""
     scores, task = {}, run.plan.task
     shown = how.cases[:: max(1, len(how.cases) // 3)][:3]
-    options = {"overlap": how.overlap, "batch_size": run.args.batch_size}
+    options = {"overlap": how.overlap, "batch_size": run.share}
     run.model.eval()
     run.shown = {}
     for case in tqdm(how.cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
@@ -452,8 +452,8 @@ def begin_log(run: Run) -> None:
         f"validation cases (overlap {run.validation.overlap:g}) every {args.val_every} epochs\n"
         f"model     {config.sam}, {config.variant}, {trained:,} trained and {frozen:,} frozen parameters\n"
         f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries\n"
-        f"schedule  {args.epochs} x {args.iterations} steps, {run.world} x {args.accumulate} x "
-        f"{args.batch_size} patches per step, {run.device}, amp {args.amp}, rate {args.lr:g}\n"
+        f"schedule  {args.epochs} x {args.iterations} steps of {args.accumulate} x {args.batch_size} patches, "
+        f"{run.world} x {run.device}, amp {args.amp}, rate {args.lr:g}\n"
         f"output    {run.folder}, where config.json has all settings"
     )
     content = {"model": dataclasses.asdict(config), "plan": run.plan.as_dict(), "sam": run.sam}
@@ -492,10 +492,12 @@ def end_epoch(run: Run, entry: dict) -> None:
     line += f"  {entry['seconds']:.0f} s  {entry['gib']:.1f} GiB  {minutes:.0f} min left"
     line += f"  {skipped} steps skipped" if (skipped := entry["skipped"]) else ""
     tqdm.write(line if dice is None else f"{line}  validation Dice {dice:.4f}")
+    if dice is not None:
+        draw(run)
 
 
 def draw(run: Run) -> None:
-    """Draw curves.png, and overlay.png with three validation cases from all over the list."""
+    """Draw curves.png, and overlay.png with three cases from all over the list of the last validation."""
     from support import pictures  # needs matplotlib, which training does not
 
     pictures.draw_curves(run.folder / "log.jsonl", run.folder / "curves.png")

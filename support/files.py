@@ -186,8 +186,10 @@ def autocast(device: str | torch.device, amp: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, AMP_TYPES[amp], enabled=amp != "off")
 
 
-def total_memory() -> float:
-    """Return the bytes of memory of this machine; infinity where Python cannot tell, on Windows."""
+def total_memory(device: str | torch.device = "cpu") -> float:
+    """Return the bytes of memory of a GPU or of this machine; infinity if Python cannot tell, on Windows."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return math.inf
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -136,6 +136,19 @@ def load_sam(sam: nn.Module, name: str, path: str | Path, grid: tuple[int, int])
         raise ValueError(f"{found} ... {expected}") from error
 
 
+def store_frozen(sam: nn.Module, dtype: torch.dtype | None) -> None:
+    """Store the frozen weights of image encoder and mask decoder in the type of autocast; None: keep all.
+
+    Autocast casts frozen weights anew in every pass, and here it finds the same numbers. The prompt encoder
+    keeps float32, and so do the convolutions `c` of a TinyViT, which are scaled before they are cast.
+    """
+    if dtype is None or any(parameter.requires_grad for parameter in sam.parameters()):
+        return
+    for name, layer in [*sam.image_encoder.named_modules(), *sam.mask_decoder.named_modules()]:
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not name.endswith(".c"):
+            layer.to(dtype)
+
+
 def file_sha256(path: str | Path) -> str:
     """Return the hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
