@@ -83,27 +83,36 @@ def prepare_case(case: Case, plan: Plan) -> Prepared:
         more, place = read_image(path, geometry)
         check_same_place(path, place, first, geometry)
         channels = np.concatenate([channels, more])
+    image = prepare_image(channels, geometry, plan, first)
+    label_maps = {None: None}  # file -> class ids on the plan's grid
+    for path in filter(None, (case.label, case.box_source)):
+        label, place = read_label(path, len(plan.task.labels), geometry)
+        check_same_place(path, place, first, geometry)
+        label_maps[path] = resample_label(label, image.shape[1:])
+    return Prepared(image, label_maps[case.label], geometry, label_maps[case.box_source])
+
+
+def prepare_image(channels: Array, geometry: Geometry, plan: Plan, name="image") -> Array:
+    """Normalise and resample an image, (C, D, H, W) -> (C, D', H', W') float32.
+
+    Raises: ValueError, with the name, for other channels than the plan's or too large a size on its grid.
+    """
     if len(channels) != len(plan.task.channels):
         expected = f"{len(plan.task.channels)}: {', '.join(plan.task.channels)}"
-        raise ValueError(f"{first}: found {len(channels)} channels, expected {expected}")
+        raise ValueError(f"{name}: found {len(channels)} channels, expected {expected}")
     axes = zip(geometry.shape, geometry.spacing, plan.spacing)
     shape = tuple(n if new is None else max(1, round(n * old / new)) for n, old, new in axes)
     needed = 32 * len(channels) * np.prod(shape, dtype=float)  # Ours: bytes to prepare a case
     if needed > total_memory():
         found = f"{shape} voxels after resampling to {plan.spacing} mm, which need {needed / 2**30:.0f} GiB"
-        raise ValueError(f"{first}: found {found}; expected spacings near those of the training cases")
+        raise ValueError(f"{name}: found {found}; expected spacings near those of the training cases")
     # Ours (as nnU-Net): cubic splines, but thick slices are copied and not mixed: they may differ a lot.
     depth_order = 0 if geometry.spacing[0] > 3 * min(geometry.spacing) else 3
     normal = map(normalise, channels, plan.task.modality, plan.intensity)
     image = np.stack([resample(each, shape, depth_order) for each in normal], dtype=np.float32)
     if not np.isfinite(image).all():
-        raise ValueError(f"{first}: found numbers beyond float32 when normalised, expected an image")
-    label_maps = {None: None}  # file -> class ids on the plan's grid
-    for path in filter(None, (case.label, case.box_source)):
-        label, place = read_label(path, len(plan.task.labels), geometry)
-        check_same_place(path, place, first, geometry)
-        label_maps[path] = resample_label(label, shape)
-    return Prepared(image, label_maps[case.label], geometry, label_maps[case.box_source])
+        raise ValueError(f"{name}: found numbers beyond float32 when normalised, expected an image")
+    return image
 
 
 def resample(volume: Array, shape: Shape, depth_order: int) -> Array:
@@ -162,7 +171,7 @@ def prepare(source: DataSource, cache_dir: str | Path, workers: int = 1) -> Plan
 
     If files have problems, nothing is written, and a ValueError lists them all.
     """
-    folder, cases = Path(cache_dir), sum(source.splits.values(), ())
+    folder, cases = Path(cache_dir), source.cases
     paths = [path for case in cases for path in (*case.images, case.label, case.box_source)]
     plan_file = folder / f"plan-{file_key(dataclasses.asdict(source), paths)}.json"  # written after the check
     try:
@@ -412,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     workers = args.workers or default_workers()
     with one_sentence("data.py", args.debug):
         source = find_data(args.data, args.root, args.fold, args.group, args.modality, args.flip)
-        cases, cache = sum(source.splits.values(), ()), Path(args.cache) / source.name
+        cases, cache = source.cases, Path(args.cache) / source.name
         if args.action == "prepare":
             prepare(source, cache, workers)
             print(f"{cache}: found or made {sum(case.label is not None for case in cases)} prepared cases")

@@ -21,10 +21,12 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
+import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from tqdm import tqdm
 import data
 from model import MaskSAM, load_checkpoint
 from support import files, layouts, metrics, nifti
-from support.presets import PRESETS
+from support.presets import PRESETS, Task
 
 Cases = Sequence[layouts.Case]
 
@@ -100,22 +102,22 @@ def sliding_window_inference(
             yield mean[:, *inside]  # A padded depth is a single window, so it comes as one part.
 
 
-def predict_case(
-    models: Sequence[MaskSAM], prepared, device="cpu", amp="off", mirror_axes=(), largest=(), **windows
-) -> np.ndarray:
-    """Predict the label map of a case, (D, H, W) uint8, on the grid of its file. ValueError: a score is NaN.
+def predict_scores(
+    models: Sequence[MaskSAM], prepared, device="cpu", amp="off", mirror_axes=(), **windows
+) -> Iterator[Tensor]:
+    """Predict the semantic map of a case in slabs, (K, n, H, W) float32, on the grid of its file.
 
     Args:
         models, device: in evaluation mode, and where they are. Their semantic maps are averaged.
         prepared: for each model, the case as `data.prepare_case` or `data.load_cached` made it by its plan.
         amp: key of `files.AMP_TYPES`. windows: options of `sliding_window_inference`.
         mirror_axes: axes of (D, H, W). Ours, as in nnU-Net: the maps of all flips along them are averaged.
-        largest: class ids for `keep_largest_component`.
+    Raises: ValueError if a score is NaN.
     """
     axes = [axis - 3 for axis in mirror_axes]
     flips = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
 
-    def scores(model: MaskSAM, case: data.Prepared) -> Iterator[Tensor]:  # (K, n, H, W) of the file's grid
+    def scores(model: MaskSAM, case: data.Prepared) -> Iterator[Tensor]:
         def predict(volumes: Tensor) -> Tensor:
             volumes = volumes.to(device)
             with torch.no_grad(), files.autocast(device, amp):
@@ -125,13 +127,21 @@ def predict_case(
         slabs = sliding_window_inference(predict, volume, model.config.patch_size, **windows)
         return data.resample_scores(slabs, volume.shape[1], case.geometry.shape)
 
-    parts = []
     for slabs in zip(*map(scores, models, prepared)):
-        largest_score, label = sum(slabs).max(0)
-        if not torch.isfinite(largest_score.sum()):  # The maximum of numbers with a NaN is NaN.
+        mean = sum(slabs) / len(slabs) if len(slabs) > 1 else slabs[0]
+        if not torch.isfinite(mean.amax(0).sum()):  # The maximum of numbers with a NaN is NaN.
             raise ValueError("found scores that are not numbers, expected an image and weights that are")
-        parts.append(label.to(torch.uint8).cpu())
-    return keep_largest_component(torch.cat(parts).numpy(), largest)
+        yield mean
+
+
+def predict_case(models: Sequence[MaskSAM], prepared, *where, largest=(), **options) -> np.ndarray:
+    """Predict the label map of a case, (D, H, W) uint8: the class of the highest score in each voxel.
+
+    The arguments are those of `predict_scores`, and `largest`, class ids for `keep_largest_component`.
+    """
+    slabs = predict_scores(models, prepared, *where, **options)
+    label = torch.cat([scores.argmax(0).to(torch.uint8).cpu() for scores in slabs])
+    return keep_largest_component(label.numpy(), largest)
 
 
 def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
@@ -158,7 +168,7 @@ def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layo
     root = args.root if args.data or args.root else trained["root"]
     where = args.data or trained["data"], root, args.fold, args.group or trained.get("group")
     source = layouts.find_data(*where)
-    splits = source.splits | {"all": sum(source.splits.values(), ())}
+    splits = source.splits | {"all": source.cases}
     if args.split not in splits:
         raise ValueError(f"--split: found {args.split}, expected {', '.join(splits)} as in {source.root}")
     cases = splits[args.split]
@@ -236,6 +246,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
     add("--input", metavar="DIR|FILE", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
+    add("--dry-run", action="store_true", help="list the images and the files that would be written")
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
     add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
@@ -266,39 +277,103 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+class Prediction(NamedTuple):
+    """label (D, H, W) uint8, its geometry, and the semantic map (K, D, H, W) float32 if it was asked for."""
+
+    label: np.ndarray
+    geometry: nifti.Geometry
+    scores: np.ndarray | None
+
+
+class Predictor:
+    """Trained models, ready to predict images: `Predictor("best.pt")("image.nii.gz").label`.
+
+    Args:
+        paths: checkpoints of train.py. Several are averaged. sam_checkpoint: SAM's file, if SAM is frozen.
+        device, amp: cpu or cuda, and a key of `files.AMP_TYPES` (default: what the hardware has).
+        mirror: average mirrored predictions. largest: class names, as for `class_ids`.
+        overlap, batch_size: options of `sliding_window_inference`.
+    Raises: ValueError or OSError if a file cannot be read, or if the models have other classes or channels.
+    """
+
+    def __init__(
+        self, *paths, sam_checkpoint=None, device=None, amp=None, mirror=True, largest=None, overlap=0.5, batch_size=1
+    ):
+        self.paths, self.device = paths, device or files.default_device()
+        self.batch_size = batch_size
+        models, self.contents = zip(*(load_checkpoint(path, sam_checkpoint) for path in paths))
+        self.plans = [data.Plan.from_dict(content["plan"]) for content in self.contents]
+        self.task = self.plans[0].task
+        check_tasks({path: plan.task for path, plan in zip(paths, self.plans)})
+        self.settings = {"amp": amp or files.default_amp(self.device), "overlap": overlap}
+        self.settings["mirror_axes"] = list(self.task.flip_axes) if mirror else []
+        self.settings["largest"] = class_ids(largest, self.task.labels)
+        self.models = [model.to(self.device) for model in models]
+
+    def __call__(self, image, spacing=None, with_scores=False, desc=None) -> Prediction:
+        """Predict an image. ValueError: it is not like the images of the training, or a score is NaN.
+
+        Args:
+            image: a file; a list of files, one per channel; a `Case`; or an array (D, H, W) or (C, D, H, W).
+            spacing: of an array, (D, H, W) in mm. An array has the axes that `nifti.read_image` returns.
+            with_scores: also return the semantic map. desc: title of a progress bar, or None.
+        """
+        if isinstance(image, np.ndarray):
+            channels, turn = image.reshape(-1, *image.shape[-3:]), np.array([[0, 1], [1, 1], [2, 1]])
+            place = nifti.Geometry(np.diag([*spacing[::-1], 1.0]), channels.shape[1:], tuple(spacing), turn)
+            made = (data.prepare_image(channels.astype(np.float32), place, plan) for plan in self.plans)
+            prepared = [data.Prepared(array, None, place) for array in made]
+        else:
+            images = (str(image),) if isinstance(image, (str, Path)) else tuple(map(str, image))
+            case = image if isinstance(image, layouts.Case) else layouts.Case("image", images)
+            prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in self.plans]
+        settings = dict(self.settings)
+        largest = settings.pop("largest")
+        how = {"device": self.device, "batch_size": self.batch_size, "desc": desc}
+        label, kept = [], []
+        for scores in predict_scores(self.models, prepared, **how, **settings):
+            label.append(scores.argmax(0).to(torch.uint8).cpu())
+            kept += [scores.cpu()] if with_scores else []
+        label = keep_largest_component(torch.cat(label).numpy(), largest)
+        return Prediction(label, prepared[0].geometry, torch.cat(kept, 1).numpy() if kept else None)
+
+
 def predict(args: argparse.Namespace) -> dict | None:
     """Predict cases with the models of `--ckpt`, and return their `report`."""
-    models, contents = zip(*(load_checkpoint(path, args.sam_checkpoint) for path in args.ckpt))
-    plans = [data.Plan.from_dict(content["plan"]) for content in contents]
-    task, source = plans[0].task, None
+    names = "sam_checkpoint device amp mirror largest overlap batch_size".split()
+    predictor = Predictor(*args.ckpt, **{name: getattr(args, name) for name in names})
+    task, source, contents = predictor.task, None, predictor.contents
     if args.input:
         cases = layouts.find_images(args.input, len(task.channels))
     else:
         source, cases = find_cases(args, contents)
-    check_models(args, models, [plan.task for plan in plans], source)
+        check_tasks({args.ckpt[0]: task, source.root: source.task})
+    for path, model in zip(args.ckpt, predictor.models):
+        expected = "gt or a folder" if model.config.given_boxes else "auto"
+        if (expected == "auto") != (args.prompts == "auto"):
+            raise ValueError(f"--prompts: found {args.prompts}, expected {expected}, as {path} was trained")
     cases = layouts.with_box_source(cases, args.prompts)
-    settings = {"amp": args.amp or files.default_amp(args.device), "overlap": args.overlap}
-    settings["mirror_axes"] = list(task.flip_axes) if args.mirror else []
-    settings["largest"] = class_ids(args.largest, task.labels)
     sums = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
 
     def description(case: layouts.Case) -> str:
-        key = data.file_key([sums, settings], (*case.images, case.box_source))
+        key = data.file_key([sums, predictor.settings], (*case.images, case.box_source))
         return f"MaskSAM{describe_box_source(args.prompts)} {key}"
 
     def predict_one(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
-        prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in plans]
-        how = {"device": args.device, "batch_size": args.batch_size, "desc": case.name} | settings
         try:
-            return predict_case(models, prepared, **how), prepared[0].geometry
+            return predictor(case, desc=case.name)[:2]
         except ValueError as error:
             raise ValueError(f"{', '.join(args.ckpt)}, case {case.name}: {error}") from error
 
-    models = [model.to(args.device) for model in models]
     output = Path(args.output) if args.output else default_folder(args, contents, source)
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
     paths = [output / f"{name}.nii.gz" for name in names]
-    predict_files(cases, paths, task, description, predict_one, args.workers, plans[0])
+    if args.dry_run:
+        for case, path in zip(cases, paths):
+            print(f"{' '.join(case.images)} -> {path}")
+        return None
+    predict_files(cases, paths, task, description, predict_one, args.workers, predictor.plans[0])
+    write_label_names(output, task.labels)
     if args.submission:
 
         def zip_files(file) -> None:
@@ -309,8 +384,23 @@ def predict(args: argparse.Namespace) -> dict | None:
         files.write_whole(output / "submission.zip", zip_files)
         print(f"{output / 'submission.zip'}: {len(paths)} files")
     epochs = [content["epoch"] for content in contents]
-    made_with = {"checkpoint": args.ckpt, "epoch": epochs, "prompts": args.prompts} | settings
+    made_with = {"checkpoint": args.ckpt, "epoch": epochs, "prompts": args.prompts} | predictor.settings
     return report(cases, paths, source, args, made_with, layouts.box_source_suffix(args.prompts))
+
+
+def write_label_names(folder: Path, labels: Sequence[str]) -> None:
+    """Write the classes and their colours for ITK-SNAP (labels.txt), 3D Slicer (.ctbl) and programs (.json)."""
+    snap, slicer, plain = [], ["# Color table file"], {}
+    for class_id, name in enumerate(labels):
+        red, green, blue = (0, 0, 0) if class_id == 0 else class_colour(class_id)
+        seen = int(class_id > 0)
+        # id, red, green, blue, opacity, shown, shown as a mesh, name
+        snap.append(f'{class_id:5} {red:5} {green:4} {blue:4} {seen:8} {seen:2} {seen:2}    "{name}"')
+        slicer.append(f"{class_id} {name.replace(' ', '_')} {red} {green} {blue} {255 * seen}")
+        plain[name] = {"id": class_id, "colour": [red, green, blue]}
+    files.write_text(folder / "labels.txt", "\n".join(snap) + "\n")
+    files.write_text(folder / "labels.ctbl", "\n".join(slicer) + "\n")
+    files.write_text(folder / "labels.json", json.dumps(plain, indent=1))
 
 
 def default_folder(args: argparse.Namespace, contents: Sequence[dict], source: layouts.DataSource) -> Path:
@@ -324,17 +414,12 @@ def default_folder(args: argparse.Namespace, contents: Sequence[dict], source: l
     return Path(args.ckpt[0]).parent / f"{name}-{args.split}"
 
 
-def check_models(args, models: Sequence[MaskSAM], tasks: Sequence, source: layouts.DataSource | None) -> None:
-    """Raise ValueError unless the models take `--prompts`, and agree with the data set in their task."""
-    for path, model in zip(args.ckpt, models):
-        expected = "gt or a folder" if model.config.given_boxes else "auto"
-        if (expected == "auto") != (args.prompts == "auto"):
-            raise ValueError(f"--prompts: found {args.prompts}, expected {expected}, as {path} was trained")
-    tasks_of = dict(zip(args.ckpt, tasks)) | ({source.root: source.task} if source else {})
-    known = {path: (task.labels, len(task.channels)) for path, task in tasks_of.items()}
-    for path, found in known.items():
-        if found != (expected := known[args.ckpt[0]]):
-            raise ValueError(f"{path}: found task {found}, expected {expected} as in {args.ckpt[0]}")
+def check_tasks(tasks: dict[str, Task]) -> None:
+    """Raise ValueError unless the tasks, by file or folder, have the same classes and number of channels."""
+    (first, expected), *others = ((path, (task.labels, len(task.channels))) for path, task in tasks.items())
+    for path, found in others:
+        if found != expected:
+            raise ValueError(f"{path}: found task {found}, expected {expected} as in {first}")
 
 
 def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
@@ -349,9 +434,10 @@ def score_predictions(args: argparse.Namespace) -> dict:
     source, cases = find_cases(args, [])
     paths = layouts.find_predictions(cases, args.predictions)
     # The headers of our own files say whose boxes were given, as `describe_box_source` puts it.
-    given = re.search(r", boxes of (\S+)", "\n".join(map(nifti.read_description, paths)))
-    made_with = {"predictions": args.predictions} | ({"prompts": given[1]} if given else {})
-    results = report(cases, paths, source, args, made_with, f"-boxes-{given[1]}" if given else "")
+    headers = "\n".join(map(nifti.read_description, paths))
+    given = re.search(r", (?P<prompt_kind>boxes|points) of (?P<prompts>\S+)", headers)
+    made_with = {"predictions": args.predictions} | (given.groupdict() if given else {})
+    results = report(cases, paths, source, args, made_with, f"-{given[1]}-{given[2]}" if given else "")
     if results is None:
         raise ValueError(f"--split {args.split}: found no labels in {source.root}, expected some")
     return results

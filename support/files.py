@@ -112,11 +112,16 @@ def device_name(name: str) -> str:
     return name
 
 
+def fold(text: str) -> int | str:
+    """Return the number of a fold, or "all"; argparse prints the error for another text."""
+    return text if text == "all" else int(text)
+
+
 # One wording for the options that several scripts have.
 COMMON_OPTIONS = {
     "data": {"help": "name of a preset, or a folder with a dataset.json"},
     "root": {"help": "folder with the files of a preset (default: data/<preset>)"},
-    "fold": {"type": int, "help": "fold of five, 0 to 4 (default: the published split, or else fold 0)"},
+    "fold": {"type": fold, "help": "fold of five, 0 to 4, or all (default: the published split or fold 0)"},
     "group": {
         "metavar": "REGEX",
         "help": "regular expression whose group is the patient in a case's name (default: guessed)",

@@ -68,6 +68,11 @@ class DataSource:
     splits: dict[str, tuple[Case, ...]]
     notes: tuple[str, ...] = ()
 
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """All cases, each once."""
+        return tuple(dict.fromkeys(sum(self.splits.values(), ())))
+
 
 def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=None) -> DataSource:
     """Find the files of a data set and split them.
@@ -75,12 +80,19 @@ def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=N
     Args:
         data: name of a preset, or a folder with a `dataset.json`.
         root: folder with the files of a preset (default: data/<preset>). A missing phantom is written there.
-        fold: fold of five of all cases outside "test" (default: the published split, else fold 0).
+        fold: fold of five of all cases outside "test" (default: the published split, else fold 0), or "all":
+            they are all trained on, and "val" is that of the default.
         group: regular expression with one group, the patient in a case's name (default: all but `SCAN`).
         modality: list of `MODALITIES`, one for all channels or one for each (default: by the task).
         flip: list of letters of D H W, the axes that may be flipped (default: by the task).
     Raises: FileNotFoundError without data, ValueError for unusable files or options. Both say how to go on.
     """
+    if fold == "all":
+        source = find_data(data, root, None, group, modality, flip)
+        train, val = (source.splits.get(split, ()) for split in ("train", "val"))
+        note = f"The {len(val)} cases of val are trained on too: their Dice is that of seen cases."
+        splits = source.splits | {"train": train + val}
+        return dataclasses.replace(source, splits=splits, notes=(*source.notes, note))
     if data not in PRESETS:
         if root and Path(root).resolve() != Path(data).resolve():
             raise _refusal(f"--root {root}", f"beside the folder {data}", "beside a preset")

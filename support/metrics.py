@@ -213,7 +213,7 @@ def print_table(results: dict) -> None:
             print(text.rstrip())
     if (origin := results.get("prompts", "auto")) != "auto":
         origin, model = "the truth" if origin == "gt" else origin, results.get("baseline", "the model")
-        print(f"Not automatic: {model} was given the boxes of {origin}.")
+        print(f"Not automatic: {model} was given the {results.get('prompt_kind', 'boxes')} of {origin}.")
     if convention != "masksam":
         print(f"As {convention} scores (HD95 in voxels): never compare with our columns.")
 

@@ -1,11 +1,16 @@
 """Boxes in the model's pixels, pictures as each member wants them, results never called automatic."""
 
 import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import evaluate
 from model import MaskSAM, MaskSAMConfig
@@ -28,7 +33,8 @@ def box_filler(name: str, seen: list) -> modeling.Sam:
         centres = (torch.arange(256) + 0.5) * side / 256
         x, y = ((centres > boxes[:, i, None]) & (centres < boxes[:, i + 2, None] + 1) for i in (0, 1))
         area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)[:, None, None]  # surer of a larger box
-        return torch.where(y[:, :, None] & x[:, None, :], 10 + area / 1e4, -10 - area / 1e4)[:, None], None
+        logits = torch.where(y[:, :, None] & x[:, None, :], 10 + area / 1e4, -10 - area / 1e4)[:, None]
+        return logits, logits[:, :, 0, 0]
 
     return modeling.Sam(encode, prompt, decode, *statistics)
 
@@ -63,6 +69,58 @@ def test_boxes_and_pictures_reach_the_model_in_its_own_pixels(name, rows):
     labels[40:48, 62:64] = 3  # columns in half a pixel
     _, ((x0, y0, x1, y1),) = baselines.box_prompts(labels, (12, 16))
     assert x0 <= x1 <= 16 and y0 <= y1 <= 12  # not inside out
+
+
+@pytest.mark.parametrize("name, rows", [("sam", 768), ("sam2_tiny", 1024)])
+def test_a_point_is_the_deepest_pixel_of_its_class_and_the_best_of_three_masks_counts(name, rows):
+    labels, seen, sam = np.zeros((1, 48, 64), np.uint8), [], box_filler(name, [])
+    labels[0, 10:15, 20:25], labels[0, 30:33, 40:43], labels[0, :3, :3] = 1, 1, 3  # two parts; in the corner
+    masks = torch.full((2, 3, 256, 256), -1.0)  # of class 1 the first covers all, of 3 the second a quarter
+    masks[0, 0], masks[1, 1, :64] = 1, 1
+    sam.prompt_encoder = Mock(
+        side_effect=lambda points, boxes, masks: seen.extend([*points, boxes]) or (0, 0)
+    )
+    sam.mask_decoder = lambda *inputs: (
+        inputs[-1] and (masks, torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.8, 0.1]]))
+    )
+    found = baselines.predict_case(sam, BASELINES[name], 0.0 * labels, labels, kind="point")
+    points, marks, boxes = seen
+    expected = (torch.tensor([[22.0, 12.0], [1.0, 1.0]]) + 0.5) * torch.tensor([16.0, rows / 48]) - 0.5
+    assert torch.allclose(points[:, 0], expected) and marks.tolist() == [[1], [1]] and boxes is None
+    edge = 48 * 256 // rows
+    assert (found[0, :edge] == 3).all() and (found[0, edge:] == 1).all()  # the smaller mask lies on top
+
+
+@pytest.mark.skipif(find_spec("sam2") is None, reason="needs pip install --no-deps rf-sam-2")
+def test_sam_2_gives_the_logits_of_its_packages_predictor(monkeypatch):
+    seen, sam = [], baselines.build_sam2(16, 1, (1, 1, 2, 1), (3,), (8, 4, 14, 7), (7, 7)).eval()
+    stubs = {"ToTensor": lambda: lambda picture: torch.from_numpy(picture).permute(2, 0, 1) / 255}
+    stubs |= {
+        "Resize": lambda size: nn.Identity(),
+        "Normalize": lambda *pair: seen.extend(pair) or nn.Identity(),
+    }
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", SimpleNamespace(**stubs))
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    for parameter in sam.held.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    predictor = SAM2ImagePredictor(sam.held, disable_torch_jit=True)
+    labels = np.zeros((1, 1024, 1024), np.uint8)
+    assert np.allclose(seen, [sam.pixel_mean.flatten() / 255, sam.pixel_std.flatten() / 255])
+    sam.held.directly_add_no_mem_embed = True  # the predictor adds it, and for us `build_sam2`
+    sam.pixel_mean, sam.pixel_std = torch.zeros(1), torch.full((1,), 255.0)
+    labels[0, 300:500, 200:700], labels[0, 600:650, 100:140] = 1, 2
+    picture = np.random.default_rng(0).integers(0, 256, labels.shape).astype(np.uint8)
+    predictor.set_image(picture[0, :, :, None].repeat(3, 2))
+    inner = sam.postprocess_masks
+    sam.postprocess_masks = lambda *inputs: seen.append(inner(*inputs)) or seen[-1]
+    ids, boxes = baselines.box_prompts(torch.from_numpy(labels[0]), (1024, 1024))
+    points, marks = baselines.point_prompts(torch.from_numpy(labels[0]), ids, (1024, 1024))
+    prompts = {"box": {"box": boxes}, "point": {"point_coords": points, "point_labels": marks}}
+    for kind, prompt in prompts.items():
+        baselines.predict_case(sam, BASELINES["sam2_tiny"], picture.astype(np.float32), labels, kind=kind)
+        logits, _, _ = predictor.predict(multimask_output=kind == "point", return_logits=True, **prompt)
+        assert np.abs(logits - seen[-1].numpy()).max() < 1e-3 * logits.std() and len(seen[-1]) == 2
 
 
 def test_mr_is_cut_at_percentiles_of_the_voxels_above_zero_and_ct_at_its_window():
@@ -136,8 +194,14 @@ def test_boxes_of_another_program_are_used_and_no_truth_is_opened_before_scoring
     assert "Not automatic: the model was given the boxes of" in capsys.readouterr().out  # as files too
 
 
-def test_wrong_arguments_are_one_message(run, capsys):
+def test_wrong_arguments_are_one_message(run, monkeypatch, capsys):
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     for line, message in (
+        (
+            "sam2_tiny --prompts gt --sam-checkpoint x",
+            "no package sam2, expected it: pip install --no-deps rf",
+        ),
+        ("sam2_tiny --prompts gt", "needs --sam-checkpoint FILE: sam2_hiera_*.pt or"),
         ("sam --prompts auto", "--prompts: found auto, expected gt or DIR"),
         ("sam --prompts b --output b/", "--prompts: found the folder of --output, expected another"),
         ("medsam --prompts gt", "baselines.py: medsam needs --sam-checkpoint FILE: medsam_vit_b.pth of"),
