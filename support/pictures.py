@@ -3,9 +3,11 @@
 The axis H of a volume is drawn upwards and W rightwards; the letters R and L show the patient's sides. Only
 this file imports matplotlib. Ours: all sizes, all colours, and the choice of slices and windows.
 
-    log.jsonl           ── draw_curves ───> losses and validation Dice over the epochs
-    pictures of cases   ── draw_overlay ──> some slices of each case, with contours or errors (fig. 6, 7)
-    a slice, its queries ─ draw_queries ──> the prompts of each query above its final mask (fig. 1)
+    log.jsonl             ── draw_curves ───> losses and validation Dice over the epochs
+    pictures of cases     ── draw_overlay ──> some slices of each case, truth beside prediction
+    rows of panels        ── draw_rows ─────> cases x methods, with their errors (fig. 6, 7)
+    a slice, its queries  ── draw_queries ──> the prompts of each query above its final mask (fig. 1)
+    these and features    ── draw_walk ─────> a slice on its way through the network (fig. 2)
 """
 
 import itertools
@@ -19,14 +21,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from support.files import write_whole
+from support.metrics import dice_per_class, known_mean
 
 matplotlib.use("Agg")  # write files, open no window
 
 NUM_SLICES = 3  # drawn of each case
 PANEL, COLUMNS = 2.1, 7  # side of a panel in inches; panels beside each other in a picture of queries
-# Colours of the kinds of wrong voxels and of box prompts. No class has any of them.
-ERRORS = {"false positive": "#ff00ff", "false negative": "#00ffff", "wrong class": "#ffff00"}
-BOX = {"box prompt": "#ffff00"}
+# Colours of the kinds of wrong voxels and of boxes. No class has any of them.
+ERRORS = {"too much": "#ff00ff", "missed": "#00ffff", "wrong class": "#ffff00"}
+BOXES = {"learned box": "#ff00ff", "mask's box": "#00ffff", "box prompt": "#ffff00"}
+# The rows of a walk, with the paper's places; {} is a shape.
+WALK = (
+    "Modality stem, 2.5 i: the input x (B, C, D, H, W) = {}, and what SAM sees",
+    "Image encoder, 2.5 ii-iii, fig. 3a: a tap behind each quarter of the blocks, and the neck {}",
+    "Prompt generator, 2.3, fig. 3b: auxiliary masks $m^{{aux}}$ (S, N, H, W) = {}, and boxes $b^{{aux}}$",
+    "Mask decoder, 2.6, fig. 3c: class probabilities (S, N, K+1) = {}, from the class tokens",
+    "Mask decoder, 2.6, fig. 3c: final masks (S, N, 4h, 4w) = {}, here at the size of the patch",
+    "Prediction: the sum over queries of class probability x mask probability (K, H, W) = {}",
+)
 
 
 class Picture(NamedTuple):
@@ -44,9 +56,9 @@ class Query(NamedTuple):
     """One query in one slice, with its prompts and its mask."""
 
     number: int  # index of the query, from 0
-    class_id: int  # its most probable class
-    probability: float  # of that class, in [0, 1]
-    box: np.ndarray  # (4,) x0, y0, x1, y1 in [0, 1], as SAM's prompt encoder got it
+    class_id: int  # its most probable class; K is "no object"
+    probabilities: np.ndarray  # (K+1,) of the classes
+    boxes: dict[str, np.ndarray]  # name in `BOXES` -> (4,) x0, y0, x1, y1 in [0, 1]; a variant may lack some
     aux_mask: np.ndarray | None  # (H, W) probabilities of the auxiliary mask; None if the variant has none
     mask: np.ndarray  # (H, W) probabilities of the final mask
 
@@ -68,9 +80,10 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
         label = name.removeprefix("loss_").replace("_", " ")
         left.plot(epochs, [entry[name] for entry in log], label=label, **style)
     right.plot(scored_epochs, [entry["val_dice"] for entry in scored], "k.-", label="mean")
-    for label in scored[-1]["val_dice_per_class"] if scored else ():
-        dice = [entry["val_dice_per_class"][label] for entry in scored]
-        right.plot(scored_epochs, np.array(dice, np.float64), ".-", label=label, linewidth=1)  # None: a gap
+    labels = [*scored[-1]["val_dice_per_class"]] if scored else []
+    for label, colour in zip(labels, _colours(["background", *labels])[1:]):
+        dice = np.array([entry["val_dice_per_class"][label] for entry in scored], np.float64)  # None: a gap
+        right.plot(scored_epochs, dice, ".-", label=label, linewidth=1.5, color=colour)
     left.set(xlabel="epoch", title="training loss, and its terms before weighting", yscale="log")
     left.legend(fontsize=7, ncols=2)
     right.set(xlabel="epoch", title="Dice of whole validation cases", ylim=(0, 1))
@@ -81,44 +94,48 @@ def draw_curves(log_path: str | Path, path: str | Path) -> None:
     _finish(figure, path)
 
 
-def choose_slices(truth: np.ndarray, prediction: np.ndarray, worst: bool = False) -> list[int]:
-    """Choose slices evenly among the labelled; with `worst`, that of most errors replaces the nearest one."""
+def choose_slices(truth: np.ndarray, prediction: np.ndarray) -> list[int]:
+    """Choose slices evenly among those that have a label."""
     labelled = (truth > 0) | (prediction > 0)
     filled = np.flatnonzero(labelled.any((1, 2)) | ~labelled.any())  # all slices of a case without any label
-    chosen = {int(filled[round(place * (len(filled) - 1))]) for place in np.linspace(0.15, 0.85, NUM_SLICES)}
-    wrong = (truth != prediction).sum((1, 2))
-    if worst and wrong.any():
-        d = int(wrong.argmax())
-        chosen = chosen - {min(chosen, key=lambda other: abs(other - d))} | {d}
-    return sorted(chosen)
+    return sorted({int(filled[round(i * (len(filled) - 1))]) for i in np.linspace(0.15, 0.85, NUM_SLICES)})
 
 
-def draw_overlay(
-    pictures: Sequence, labels: Sequence[str], path, panels=("truth", "prediction"), one_row=True, worst=False
-) -> None:
-    """Draw some slices of some cases; all slices of a case show one window at one scale.
+def draw_overlay(pictures: Sequence[Picture], labels: Sequence[str], path: str | Path) -> None:
+    """Draw a row per case: some of its slices, truth beside prediction. labels, path: as in `draw_rows`."""
+    rows = []
+    for picture in pictures:
+        places = itertools.product(choose_slices(picture.truth, picture.prediction), ("truth", "prediction"))
+        rows.append((picture.name, [(picture, *place) for place in places]))
+    draw_rows(rows, labels, path)
 
-    Args:
-        labels: class names by id; 0 is the background. path: PNG to write. worst: see `choose_slices`.
-        panels: the panels of a slice, out of "image", "truth", "prediction" and "errors".
-        one_row: whether the slices of a case stand beside each other, instead of below each other.
+
+def draw_rows(rows: Sequence[tuple[str, Sequence[tuple]]], labels: Sequence[str], path, legend=()) -> None:
+    """Draw rows (title, panels). All panels of a row show one window at one scale.
+
+    A panel is (picture, slice, kind). Kinds are "image", "truth", "prediction", and "errors": the prediction
+    with its errors, under the name of its picture. labels: class names by id. path: PNG to write. legend:
+    further (name, colour).
     """
-    pictures, colours = [_stretch(picture) for picture in pictures], _colours(labels)
-    slices = [choose_slices(picture.truth, picture.prediction, worst) for picture in pictures]
-    most = max(map(len, slices))
-    rows, columns = (1, most * len(panels)) if one_row else (most, len(panels))
-    size = (PANEL * columns, ((PANEL + 0.2) * rows + 0.3) * len(pictures))
-    figure = plt.figure(figsize=size, layout="constrained")
-    for part, picture, chosen in zip(figure.subfigures(len(pictures), squeeze=False).flat, pictures, slices):
-        part.suptitle(picture.name, fontsize=10, fontweight="bold")
-        axes = part.subplots(rows, columns, squeeze=False)
-        for axis in axes.flat:
+    colours = _colours(labels)
+    figure, grid = _start([title for title, _ in rows], max(len(panels) for _, panels in rows))
+    for axes, (_, panels) in zip(grid, rows):
+        filled = [(picture.truth[d] > 0) | (picture.prediction[d] > 0) for picture, d, _ in panels]
+        window = _window(np.array(filled), panels[0][0].spacing[1:])
+        for axis, (picture, d, kind) in zip(axes, panels):
+            _draw_panel(axis, picture, kind, colours, d, window)
+        _draw_scale(axes[0], panels[0][0])
+    _finish(figure, path, [*zip(labels[1:], colours[1:]), *legend])
+
+
+def _start(titles: Sequence[str], columns: int, **place) -> tuple[plt.Figure, list[np.ndarray]]:
+    """Begin a figure of rows with a title each. Return it, and the panels (columns,) of each row."""
+    figure = plt.figure(figsize=(PANEL * columns, (PANEL + 0.6) * len(titles)), layout="constrained")
+    for part, title in zip(figure.subfigures(len(titles), squeeze=False).flat, titles):
+        part.suptitle(title, fontsize=10, fontweight="bold", **place)
+        for axis in part.subplots(1, columns, squeeze=False).flat:
             axis.axis("off")
-        window = _window(((picture.truth > 0) | (picture.prediction > 0))[chosen], picture.spacing[1:])
-        for axis, (d, panel) in zip(axes.flat, itertools.product(chosen, panels)):
-            _draw_panel(axis, picture, d, panel, window, colours)
-        _draw_scale(axes[0, 0], picture)
-    _finish(figure, path, [*zip(labels[1:], colours[1:]), *(ERRORS.items() if "errors" in panels else ())])
+    return figure, [part.axes for part in figure.subfigs]
 
 
 def _window(filled: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice]:
@@ -140,33 +157,84 @@ def draw_queries(picture: Picture, queries: Sequence[Query], labels: Sequence[st
 
     Further queries than there are `COLUMNS` go below. labels: class names by id. path: PNG to write.
     """
-    picture, colours, (height, width) = _stretch(picture), _colours(labels), picture.image.shape[1:]
-    bands = -(-(len(queries) + 1) // COLUMNS)  # the first place holds truth and prediction
-    columns = min(COLUMNS, max(2, len(queries) + 1))
-    size = (PANEL * columns, 2 * (PANEL + 0.3) * bands + 0.3)
-    figure, axes = plt.subplots(2 * bands, columns, squeeze=False, figsize=size, layout="constrained")
-    figure.suptitle(picture.name, fontsize=10, fontweight="bold")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, panel in zip(axes[:2, 0], ("truth", "prediction")):
-        _draw_panel(axis, picture, 0, panel, np.s_[:, :], colours)
-        axis.set_title(panel, fontsize=8)
-    _draw_scale(axes[0, 0], picture)
+    colours, columns = _colours(labels), min(COLUMNS, max(2, len(queries) + 1))
+    bands = -(-(len(queries) + 1) // columns)  # of two rows; the first place holds truth and prediction
+    figure, rows = _start([picture.name, *[""] * (2 * bands - 1)], columns)
+    for axes, kind in zip(rows, ("truth", "prediction")):
+        _draw_panel(axes[0], picture, kind, colours)
+    _draw_scale(rows[0][0], picture)
     for place, query in enumerate(queries, 1):
-        upper, lower = axes.reshape(bands, 2, columns)[place // columns, :, place % columns]
-        for axis, mask in ((upper, query.aux_mask), (lower, query.mask)):
-            _draw_panel(axis, picture, 0, "image", np.s_[:, :], colours)
-            if mask is not None:
-                shade = matplotlib.colors.to_rgba_array(colours[query.class_id], 0.5 * mask.ravel())
-                axis.imshow(shade.reshape(height, width, 4), origin="lower", aspect=axis.get_aspect())
-                _draw_contour(axis, mask > 0.5, colours[query.class_id])
-        x0, y0, x1, y1 = query.box * (width, height, width, height) - 0.5  # pixel i begins at i - 0.5
-        style = {"fill": False, "edgecolor": BOX["box prompt"], "clip_on": False}
+        upper, lower = (axes[place % columns] for axes in rows[2 * (place // columns) :][:2])
+        _draw_query(upper, lower, picture, query, ["box prompt"], colours)
+        title = f"query {query.number}: {labels[query.class_id]} {query.probabilities.max():.2f}"
+        upper.set_title(title, fontsize=8)
+    _finish(figure, path, [*zip(labels[1:], colours[1:]), ("box prompt", BOXES["box prompt"])])
+
+
+def _draw_query(upper, lower, picture: Picture, query: Query, boxes: Sequence[str], colours: list) -> None:
+    """Draw the auxiliary mask and the named boxes of a query in one panel, its final mask in another."""
+    height, width = query.mask.shape
+    for axis, mask in ((upper, query.aux_mask), (lower, query.mask)):
+        _draw_panel(axis, picture, "image", colours)
+        if mask is not None:
+            shade = matplotlib.colors.to_rgba_array(colours[query.class_id], 0.5 * mask.ravel())
+            axis.imshow(shade.reshape(height, width, 4), origin="lower", aspect=axis.get_aspect())
+            _draw_contour(axis, mask > 0.5, colours[query.class_id])
+    dice = _dice(picture.truth[0] == query.class_id, query.mask > 0.5, 2)
+    lower.set_title(f"final mask{dice}", fontsize=8)
+    for name in boxes:
+        x0, y0, x1, y1 = query.boxes[name] * (width, height, width, height) - 0.5  # pixel i begins at i - 0.5
+        style = {"fill": False, "edgecolor": BOXES[name], "clip_on": False}
+        style["linestyle"] = "-" if name == "box prompt" else "--"
         upper.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
-        name = f"query {query.number}: {labels[query.class_id]} {query.probability:.2f}"
-        upper.set_title(f"{name}\nprompts: {'box' if query.aux_mask is None else 'mask and box'}", fontsize=8)
-        lower.set_title("final mask", fontsize=8)
-    _finish(figure, path, [*zip(labels[1:], colours[1:]), *BOX.items()])
+
+
+def colour_map(feature: np.ndarray) -> np.ndarray:
+    """Show a feature (C, h, w) by its first three principal components, as red, green and blue (h, w, 3)."""
+    tokens = feature.reshape(len(feature), -1).T.astype(np.float64)  # (h*w, C)
+    tokens -= tokens.mean(0)
+    parts = tokens @ np.linalg.eigh(tokens.T @ tokens)[1][:, :-4:-1]  # (h*w, 3), the largest variance first
+    parts *= np.sign(parts[np.abs(parts).argmax(0), range(3)])  # the sign of a component is arbitrary
+    low, high = np.percentile(parts, (1, 99), axis=0)
+    return ((parts - low) / np.maximum(high - low, 1e-9)).clip(0, 1).reshape(*feature.shape[1:], 3)
+
+
+def draw_walk(picture: Picture, guide: str, views, shapes, queries: Sequence[Query], maps, labels, path):
+    """Draw a slice on its way through the network, in the paper's order: the rows of `WALK`.
+
+    Args:
+        picture, guide: the slice (D is 1), with its prediction; text beside it.
+        views, shapes: (title, colours (h, w, 3)) of stem, taps and neck; for the titles of the rows.
+        queries, maps: of `Query` the first five are drawn; the semantic map (K, H, W).
+        labels, path: class names by id; PNG to write.
+    """
+    colours, names, truth = [*_colours(labels), "white"], [*labels, "no object"], picture.truth[0]
+    titles = [row.format(shape) for row, shape in zip(WALK, shapes)]
+    figure, rows = _start(titles, 5, x=0.01, horizontalalignment="left")
+    _draw_panel(rows[0][0], picture, "image", colours)
+    _draw_scale(rows[0][0], picture)
+    rows[0][2].text(0.05, 1, guide, fontsize=9, verticalalignment="top", linespacing=1.6).set_in_layout(False)
+    (height, width), aspect = truth.shape, rows[0][0].get_aspect()
+    whole = {"origin": "lower", "extent": (-0.5, width - 0.5, -0.5, height - 0.5), "aspect": aspect}
+    for axis, (title, view) in zip((rows[0][1], *rows[1]), views):
+        axis.imshow(view, **whole)
+        _draw_contour(axis, truth > 0, "white", 0.6)
+        axis.set_title(title, fontsize=8)
+    for query, upper, bars, lower in zip(queries, *rows[2:5]):
+        _draw_query(upper, lower, picture, query, query.boxes, colours)
+        upper.set_title(f"query {query.number}", fontsize=8)
+        bars.barh(range(len(names)), query.probabilities, color=colours, edgecolor="0.5", linewidth=0.5)
+        bars.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+        bars.set_title(f"query {query.number}: {names[query.class_id]}", fontsize=8)
+        for i, text in enumerate(map("{} {:.2f}".format, names, query.probabilities)):
+            bars.text(0.02, i, text, fontsize=min(8, 90 / len(names)), verticalalignment="center_baseline")
+    sizes = [np.sum((truth == i) | (picture.prediction[0] == i)) for i in range(1, len(labels))]
+    for axis, i in zip(rows[5], sorted(1 + np.argsort(sizes)[:-4:-1])):  # the three largest classes
+        axis.imshow(maps[i].clip(0, 1)[..., None] * matplotlib.colors.to_rgb(colours[i]), **whole)
+        axis.set_title(f"semantic map, {labels[i]}", fontsize=8)
+    for axis, kind in zip(rows[5][3:], ("prediction", "truth")):
+        _draw_panel(axis, picture, kind, colours)
+    _finish(figure, path, [*zip(labels[1:], colours[1:]), *((name, BOXES[name]) for name in query.boxes)])
 
 
 def _colours(labels: Sequence[str]) -> list:
@@ -175,31 +243,37 @@ def _colours(labels: Sequence[str]) -> list:
     return ["0.8", *itertools.islice(itertools.cycle(palette), len(labels) - 1)]  # grey for the background
 
 
-def _stretch(picture: Picture) -> Picture:
-    """Scale the intensities of labelled voxels, and a margin, to [0, 1]; a CT's air and bone go outside."""
+def _levels(picture: Picture) -> tuple[float, float]:
+    """Return the intensities for black and white: of labelled voxels, with a margin."""
     values = picture.image[picture.truth > 0]
     low, high = np.percentile(values if len(values) else picture.image, (1, 99))
     margin = max((high - low) / 3, 1e-6)
-    return picture._replace(image=(picture.image - (low - margin)) / (high - low + 2 * margin))
+    return low - margin, high + margin
 
 
-def _draw_panel(axis: plt.Axes, picture: Picture, d: int, panel: str, window: tuple, colours: list) -> None:
-    """Draw a window of slice d in grey, in its true proportions, with the contours or errors of the panel."""
+def _draw_panel(axis: plt.Axes, picture: Picture, kind: str, colours: list, d=0, window=np.s_[:, :]) -> None:
+    """Draw a window of slice d in grey, in its true proportions, with the contours or errors of the kind."""
     truth, prediction = picture.truth[d, *window], picture.prediction[d, *window]
-    aspect = picture.spacing[1] / picture.spacing[2]
-    axis.imshow(picture.image[d, *window], cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect)
-    title = f"slice {d}, {panel}"
-    label_map = {"truth": truth, "prediction": prediction}.get(panel, truth * 0)
+    aspect, levels = picture.spacing[1] / picture.spacing[2], dict(zip(("vmin", "vmax"), _levels(picture)))
+    axis.imshow(picture.image[d, *window], cmap="gray", origin="lower", aspect=aspect, **levels)
+    label_map = {"image": truth * 0, "truth": truth}.get(kind, prediction)
     for class_id in np.unique(label_map[label_map > 0]):
         _draw_contour(axis, label_map == class_id, colours[class_id])
-    if panel == "errors":
+    title = picture.name if kind == "errors" else f"slice {d}, {kind}" if len(picture.truth) > 1 else kind
+    if label_map is prediction:
+        title += _dice(picture.truth[d], picture.prediction[d], len(colours))
+    if kind == "errors":
         # 0 where both agree, else 1, 2 or 3 in the order of `ERRORS`.
         errors = np.select([truth == prediction, truth == 0, prediction == 0], [0, 1, 2], 3)
-        _draw_contour(axis, truth > 0, "white", 0.6)
         colour = matplotlib.colors.to_rgba_array(["none", *ERRORS.values()])
         axis.imshow(colour[errors], origin="lower", aspect=aspect)
-        title += f": {np.count_nonzero(errors)} voxels"
     axis.set_title(title, fontsize=8)
+
+
+def _dice(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> str:
+    """Return the mean Dice of a slice for its title; nothing if there is no true label."""
+    dice = known_mean(dice_per_class(prediction[None], truth[None], num_classes), 0)
+    return f", Dice {dice:.3f}" if truth.any() else ""
 
 
 def _draw_contour(axis: plt.Axes, mask: np.ndarray, colour, linewidths: float = 1.2) -> None:

@@ -34,27 +34,30 @@ def corners(axis: plt.Axes) -> tuple:
 
 
 def test_contours_enclose_their_pixels_and_errors_are_the_voxels_that_differ(figures, tmp_path):
-    shown, panels = picture(spacing=(8.0, 3.0, 1.5), sides="RL"), ("truth", "prediction", "errors")
+    shown = picture(spacing=(8.0, 3.0, 1.5), sides="RL")
     shown.prediction[1:5, 10:12, 12:15], shown.prediction[1:5, 22:24, 12:14] = 1, 1
-    pictures.draw_overlay([picture(), shown], CLASSES, tmp_path / "x.png", panels, one_row=False)
+    row = [(shown, 2, kind) for kind in ("truth", "prediction", "errors")]
+    rows = [("other", [(picture(), 1, "truth")]), ("row", row)]
+    pictures.draw_rows(rows, CLASSES, tmp_path / "x.png", pictures.ERRORS.items())
     axes, kinds = figures[0].subfigs[1].axes, figures[0].legends[0].legend_handles
     kinds = {handle.get_label(): handle.get_facecolor() for handle in kinds}
     window = pictures._window(shown.truth + shown.prediction > 0, (3.0, 1.5))
-    for row, d in zip(np.reshape(axes, (3, 3)), pictures.choose_slices(*shown[2:4]), strict=True):
-        true, found = shown.truth[d, *window], shown.prediction[d, *window]
-        grey, drawn = row[2].images
-        for axis, label_map in zip(row, (true, found)):
-            y, x = np.nonzero(label_map == 2)
-            assert np.allclose(corners(axis), (x.min() - 0.5, y.min() - 0.5, x.max() + 0.5, y.max() + 0.5))
-        assert drawn.get_extent() == grey.get_extent()  # on the pixels of the image
-        wrong = {"false positive": true == 0, "false negative": found == 0, "wrong class": true * found > 0}
-        for name, where in wrong.items():
-            colours = drawn.get_array()[where & (true != found)]
-            assert len(colours) and (colours == kinds[name]).all()
-        assert (drawn.get_array()[true == found][:, 3] == 0).all()
-        assert row[2].get_title() == f"slice {d}, errors: {np.count_nonzero(true != found)} voxels"
-        column, line = np.abs(np.diff(row[0].transData.transform([(0, 0), (1, 1)]), axis=0))[0]
-        assert np.isclose(line / column, 3.0 / 1.5)  # true to scale
+    true, found = shown.truth[2, *window], shown.prediction[2, *window]
+    grey, drawn = axes[2].images
+    for axis, label_map in zip(axes, (true, found, found)):
+        y, x = np.nonzero(label_map == 2)
+        assert np.allclose(corners(axis), (x.min() - 0.5, y.min() - 0.5, x.max() + 0.5, y.max() + 0.5))
+    assert drawn.get_extent() == grey.get_extent()  # on the pixels of the image
+    for name, where in {"too much": true == 0, "missed": found == 0, "wrong class": true * found > 0}.items():
+        colours = drawn.get_array()[where & (true != found)]
+        assert len(colours) and (colours == kinds[name]).all()
+    assert (drawn.get_array()[true == found][:, 3] == 0).all()
+    both = 2 * np.sum((true == 2) & (found == 2)) / (np.sum(true == 2) + np.sum(found == 2))
+    dice = f"Dice {both / 2:.3f}"  # of class b, and 0 of class a
+    titles = ["slice 2, truth", f"slice 2, prediction, {dice}", f"case, {dice}"]
+    assert [axis.get_title() for axis in axes] == titles
+    column, line = np.abs(np.diff(axes[0].transData.transform([(0, 0), (1, 1)]), axis=0))[0]
+    assert np.isclose(line / column, 3.0 / 1.5)  # true to scale
     bar, *sides = axes[0].texts
     assert bar.get_text() == "20 mm" and np.isclose(np.ptp(axes[0].lines[0].get_xdata()) * 1.5, 20)
     assert [(side.get_text(), side.get_position()[0] < 0.5) for side in sides] == [("R", True), ("L", False)]
@@ -69,9 +72,7 @@ def test_the_sides_are_the_patients_where_w_runs_between_them():
 def test_slices_window_and_contrast_are_those_of_the_labels():
     _, _, truth, prediction, *_ = picture()
     assert pictures.choose_slices(truth, prediction) == [1, 3, 4]
-    assert pictures.choose_slices(truth * 0, truth * 0, worst=True) == [1, 2, 4]  # no label, no error
-    prediction[2, 30:35] = 1
-    assert 2 in pictures.choose_slices(truth, prediction, worst=True)  # in place of its neighbour
+    assert pictures.choose_slices(truth * 0, truth * 0) == [1, 2, 4]  # no label
     for place, mm, expected in (
         (np.s_[40:50, 40:50], (3.0, 1.0), np.s_[38:53, 23:68]),  # 30 x 10 mm in a square of 45 mm
         (np.s_[89, 0], (1.0, 1.0), np.s_[89:90, 0:1]),
@@ -82,9 +83,9 @@ def test_slices_window_and_contrast_are_those_of_the_labels():
         assert pictures._window(filled, mm) == expected
     far = picture()
     far.image[:, 30:] = 30_000
-    near, far = (pictures._stretch(shown).image[truth > 0] for shown in (picture(), far))
-    assert np.array_equal(near, far) and near.min() >= 0 and near.max() <= 1
-    assert np.isfinite(pictures._stretch(picture(image=np.zeros((6, 40, 50)))).image).all()
+    low, high = pictures._levels(picture())
+    assert pictures._levels(far) == (low, high) and low <= far.image[truth > 0].min()
+    assert high >= far.image[truth > 0].max() and pictures._levels(picture(image=truth * 0.0))[0] < 0
 
 
 def test_box_prompts_and_outlines_enclose_their_pixels(figures, tmp_path, monkeypatch):
@@ -92,12 +93,13 @@ def test_box_prompts_and_outlines_enclose_their_pixels(figures, tmp_path, monkey
     mask, box = np.zeros((20, 40)), np.array([0.5, 0.25, 0.75, 0.5])
     mask[5:10, 20:30] = 1
     shown = Picture("x", np.zeros((1, 20, 40)), *np.zeros((2, 1, 20, 40), np.uint8))
-    queries = [Query(n, 2, 0.9, box, aux, mask) for n, aux in enumerate([mask, None, mask, None])]
+    chances, boxes = np.array([0.0, 0.1, 0.9, 0.0]), {"learned box": box / 2, "box prompt": box}
+    queries = [Query(n, 2, chances, boxes, aux, mask) for n, aux in enumerate([mask, None, mask, None])]
     pictures.draw_queries(shown, queries, CLASSES, tmp_path / "x.png")
     grid = np.reshape(figures[0].axes, (4, 4))  # two bands of prompts above final masks
-    for n, prompts in enumerate(["mask and box", "box"] * 2, 1):
+    for n in range(1, 5):
         upper, lower = grid[n // 4 * 2 :, n % 4][:2]
-        assert upper.get_title() == f"query {n - 1}: b 0.90\nprompts: {prompts}"
+        assert upper.get_title() == f"query {n - 1}: b 0.90"
         assert np.allclose(upper.patches[0].get_bbox().extents, (19.5, 4.5, 29.5, 9.5)) and not lower.patches
         assert np.allclose(corners(lower), (19.5, 4.5, 29.5, 9.5)) and len(upper.images) == 1 + n % 2
 
@@ -114,4 +116,31 @@ def test_curves_have_whole_epochs_every_term_and_gaps_where_nothing_was_measured
     drawn = {line.get_label(): list(line.get_ydata()) for line in (*left.lines, right.lines[0])}
     assert drawn == {"loss": [3, 1, 1], "class": [1, 0.5, 0.5], "mean": [0.5, 0.5]}
     assert np.array_equal(right.lines[1].get_ydata(), [np.nan, 0.5], equal_nan=True)
+    assert np.array_equal(right.lines[1].get_color(), pictures._colours(["background", "b"])[1])
     assert all(tick == int(tick) for axis in (left, right) for tick in axis.get_xticks())
+
+
+def test_a_walk_draws_features_by_their_strongest_components_queries_and_the_semantic_map(figures, tmp_path):
+    patterns, directions = np.random.default_rng(0).normal(size=(2, 30)), np.eye(8)[[5, 2]]
+    colours = pictures.colour_map((directions.T * (3, 1) @ patterns).reshape(8, 5, 6) + 7)
+    for pattern, channel in zip(patterns, colours.reshape(30, 3).T):
+        assert abs(np.corrcoef(pattern, channel)[0, 1]) > 0.9
+    truth = np.zeros((1, 20, 40), np.uint8)
+    truth[0, 5:10, 20:30] = 2
+    query = Query(
+        3, 2, np.array([0.1, 0.2, 0.7, 0]), {"box prompt": np.array([0, 0, 1, 1])}, None, truth[0] / 2
+    )
+    shown, maps = Picture("x", truth * 1.0, truth, truth), np.stack([truth[0] == i for i in range(3)])
+    views = [(name, colours) for name in ("stem", "1", "2", "3", "4", "neck")]
+    pictures.draw_walk(
+        shown, "guide", views, [(i,) for i in range(6)], [query], maps, CLASSES, tmp_path / "x.png"
+    )
+    rows = [part.axes for part in figures[0].subfigs]
+    for i, (part, place) in enumerate(
+        zip(figures[0].subfigs, ("2.5 i", "3a", "3b", "3c", "3c", "(K, H, W)"))
+    ):
+        assert place in part.get_suptitle() and f"({i},)" in part.get_suptitle()
+    assert [axis.images[0].get_extent() for axis in (rows[0][1], *rows[1])] == [[-0.5, 39.5, -0.5, 19.5]] * 6
+    assert np.allclose([bar.get_width() for bar in rows[3][0].patches], query.probabilities)
+    assert [axis.get_title() for axis in rows[5][3:]] == ["prediction, Dice 1.000", "truth"]
+    assert np.array_equal(rows[5][1].images[0].get_array().any(-1), truth[0] == 2)

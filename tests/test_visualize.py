@@ -30,21 +30,24 @@ def test_worst_median_and_best_are_by_the_mean_over_scored_classes():
         rank(p=[None, None, 0.5])
 
 
-def test_queries_that_are_an_object_come_in_the_order_of_their_probability():
+def test_queries_come_with_their_boxes_objects_first_in_the_order_of_their_probability():
     """A stub of 4 queries, 3 classes and 2 slices; in slice 0 everything is different."""
     classes = [[0.1, 0.6, 0.1, 0.2], [0.1, 0.1, 0.1, 0.7], [0.0, 0.0, 0.9, 0.1], [0.4, 0.1, 0.2, 0.3]]
-    masks, boxes = torch.full((2, 4, 20, 40), -9.0), torch.rand(2, 4, 4)
+    masks, boxes, learned = torch.full((2, 4, 20, 40), -9.0), torch.rand(2, 4, 4), torch.rand(2, 4, 4)
     masks[1, 2, 5:10, 20:30] = 9
     masks[1, 3] = -masks[1, 2]
     outputs = {"class_logits": torch.stack([torch.eye(4) * 9, torch.tensor(classes).log()])}
 
-    outputs |= {"mask_logits": masks, "aux_mask_logits": -masks}
+    outputs |= {"mask_logits": masks, "aux_mask_logits": -masks, "aux_boxes": learned}
     model = Mock(return_value=outputs, config=Mock(num_classes=3))
     model.prompt_generator.prompts.return_value = boxes, None
-    found, label_map = visualize.find_queries(model, torch.zeros(1, 2, 20, 40), 1)
-    assert np.allclose([query[:3] for query in found], [(2, 2, 0.9), (0, 1, 0.6), (3, 0, 0.4)])
-    assert np.allclose([query.box for query in found], boxes[1, [2, 0, 3]])
-    for drawn in (found[0].mask > 0.5, found[0].aux_mask < 0.5, label_map == 2):
+    found, maps = visualize.find_queries(model, torch.zeros(1, 2, 20, 40), 1)
+    assert [(query.number, query.class_id) for query in found] == [(2, 2), (0, 1), (3, 0), (1, 3)]
+    assert np.allclose([query.probabilities for query in found], torch.tensor(classes)[[2, 0, 3, 1]])
+    for name, expected in (("box prompt", boxes), ("learned box", learned)):
+        assert np.allclose([query.boxes[name] for query in found], expected[1, [2, 0, 3, 1]])
+    assert np.allclose(found[2].boxes["mask's box"], (0.5, 0.25, 0.75, 0.5))
+    for drawn in (found[0].mask > 0.5, found[0].aux_mask < 0.5, maps.argmax(0) == 2):
         assert np.array_equal(drawn, masks[1, 2] > 0)
 
 
@@ -61,7 +64,7 @@ def test_the_patch_is_centred_on_the_slice_and_its_labels():
     assert index == 2 and np.allclose(patch[0, 2, 1:7, 1:7], small.image[0, 1]) and patch.min() == 5
 
 
-def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_path, monkeypatch):
+def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked_for(tmp_path, monkeypatch):
     """On a phantom, an untrained checkpoint, and shifted truths of the validation cases, scored."""
     monkeypatch.chdir(tmp_path)
     phantom.write_phantom("data/phantom", num_patients=4, seed=3)
@@ -73,41 +76,64 @@ def test_commands_draw_the_cases_slices_and_queries_that_they_are_asked_for(tmp_
     content = {"epoch": 1, "arguments": {"data": "phantom", "root": "data/phantom"}}
     content |= checkpoint_content(model, sam, planned(source).as_dict()) | {"cases": {"train": [], "val": []}}
     write_checkpoint(tmp_path / "x.pt", content)
-    (tmp_path / "net").mkdir()
+    for folder in ("net", "truth"):
+        (tmp_path / folder).mkdir()
     for shift, case in ((3, first), (6, second)):
         label, geometry = nifti.read_label(case.label, 4)
         nifti.write_label_map(tmp_path / f"net/{case.name}.nii.gz", np.roll(label, shift, 2), geometry)
+        nifti.write_label_map(tmp_path / f"truth/{case.name}.nii.gz", label, geometry)
     evaluate.main("--predictions net --data phantom --workers 1".split())
 
     figures, shown, net = [], [], "--predictions net --data phantom"
-    draw = pictures.draw_overlay
-    monkeypatch.setattr(visualize, "draw_overlay", lambda *a, **kw: shown.extend(a[0]) or draw(*a, **kw))
+    for name, kept in (("draw_rows", 0), ("draw_walk", slice(None))):
+        draw = getattr(pictures, name)
+        monkeypatch.setattr(pictures, name, lambda *a, d=draw, k=kept: shown.append(a[k]) or d(*a))
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, **options: file.write(b"png"))
-    ask = f"queries --ckpt x.pt --case {second.name}"
-    for line in (f"compare {net} --case {second.name}", f"sheet {net}", ask, f"{ask} --slice 0"):
+    ask = f"--ckpt x.pt --case {second.name}"
+    several = f"compare --predictions net truth --names A B --data phantom --case {second.name}"
+    for line in (several, f"compare {net}", f"queries {ask}", f"queries {ask} --slice 0", f"walk {ask}"):
         visualize.main(line.split())
-    compared, sheet, *asked = figures
+    compared, ranked, *asked = figures
     assert [part.get_suptitle() for part in compared.subfigs] == [second.name]
-    arrays = nifti.read_image(second.images[0])[0][0], label, np.roll(label, 6, 2)
-    assert all(map(np.array_equal, shown[0][1:4], arrays))
+    arrays = nifti.read_image(second.images[0])[0][0], label
+    (_, row), d = shown[0][0], (label != np.roll(label, 6, 2)).sum((1, 2)).argmax()
+    assert [place[1:] for place in row] == [(d, "truth"), (d, "errors"), (d, "errors")]
+    for (shape, *_), found in zip(row, (np.roll(label, 6, 2),) * 2 + (label,)):
+        assert all(map(np.array_equal, shape[1:4], (*arrays, found)))
+    titles = [axis.get_title() for axis in compared.axes]
+    assert (
+        titles[0] == f"slice {d}, truth"
+        and titles[1].startswith("A, Dice 0.")
+        and titles[2] == "B, Dice 1.000"
+    )
     for axis in (compared.axes[0], asked[0].axes[0]):
         assert [text.get_text() for text in axis.texts[1:]] == ["L", "R"]  # x of a file runs to the right
-    titles = [part.get_suptitle().split(",")[0] for part in sheet.subfigs]
+    titles = [part.get_suptitle().split(",")[0] for part in ranked.subfigs]
     assert titles == [f"worst: {second.name}", f"best: {first.name}"]  # which is shifted least
-    for figure, d in zip(asked, ((label > 0).sum((1, 2)).argmax(), 0), strict=True):
+    most = (label > 0).sum((1, 2)).argmax()
+    for figure, d in zip(asked, (most, 0)):
         boxes = sum(len(axis.patches) for axis in figure.axes)
         title = f"{second.name}, slice {d}\nqueries: {boxes}, left out as no object: {4 - boxes}"
-        assert figure.get_suptitle() == title
+        assert figure.subfigs[0].get_suptitle() == title
+    _, guide, views, shapes, everything, maps, *_ = shown[-1]
+    network, _, patch, index, _ = visualize.open_slice(visualize.parse_arguments(f"walk {ask}".split()))
+    with torch.no_grad():
+        neck, taps = network.encode(network.stem(patch.transpose(0, 1)))
+    for (title, view), feature in zip(views[1:], (*taps, neck), strict=True):
+        assert title.endswith(f" {tuple(feature.shape)}")
+        assert np.allclose(view, pictures.colour_map(feature[index].numpy()))
+    assert shapes == [(1, *patch.shape), neck.shape, (4, 4, 64, 64), (4, 4, 5), (4, 4, 16, 16), maps.shape]
+    assert views[0][1].shape == (64, 64, 3) and len(everything) == 4 and f"slice {most}, " in guide
     plt.close("all")
 
     moved = geometry.affine + 20 * np.eye(4, k=3)  # along x
     save(f"net/{second.name}.nii.gz", label.transpose(), moved)
     for line, words in (
-        (f"compare {net} --case nobody", f"no case nobody, .*: {first.name}, "),
+        (f"compare {net} --case nobody", "no case nobody, expected one of 8: patient001_frame01, "),
         (f"compare {net}", f"{second.name}.nii.gz: found the affine"),
-        ("sheet --predictions data", "metrics.json: found no such file, .*; run it first"),
-        (f"{ask} --slice -1", f"--slice -1: {second.name} has the slices 0 to"),
+        ("compare --predictions data", "metrics.json: found no such file, .*; run it first"),
+        (f"queries {ask} --slice -1", f"--slice -1: {second.name} has the slices 0 to"),
     ):
         with pytest.raises(SystemExit, match=f"^visualize.py: (?s:.*){words}"):
             visualize.main(line.split())

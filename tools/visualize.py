@@ -1,10 +1,10 @@
-"""Draw predictions beside the truth, and the prompts and masks of the queries (paper fig. 1, 6, 7).
+"""Draw predictions beside the truth, the queries, and the way through the network (paper fig. 1, 2, 6, 7).
 
-    python -m tools.visualize compare --predictions DIR --data acdc --root DIR   some cases, with their errors
-    python -m tools.visualize sheet --predictions DIR             the worst, the median and the best case
+    python -m tools.visualize compare --predictions A B --names X Y   methods beside each other, with errors
     python -m tools.visualize queries --ckpt FILE --case NAME     prompts and masks of the queries in a slice
+    python -m tools.visualize walk --ckpt FILE --case NAME        a slice on its way through the network
 
-Each command writes one PNG.
+Each command writes one PNG. Without --case, compare draws the worst, the median and the best case.
 """
 
 import os
@@ -23,33 +23,34 @@ from torch import Tensor
 
 import data
 import evaluate
+from matcher import masks_to_boxes
 from model import MaskSAM, load_checkpoint, semantic_map
 from prompt_generator import resize
-from support import layouts, nifti
+from support import layouts, nifti, pictures
 from support.files import COMMON_OPTIONS, make_parser, one_sentence
 from support.metrics import known_mean
-from support.pictures import Picture, Query, draw_overlay, draw_queries, sides_of
-
-NUM_CASES = 3  # Ours: cases that "compare" draws by default
+from support.pictures import Picture, Query
 
 
 @torch.no_grad()
 def find_queries(model: MaskSAM, patch: Tensor, index: int) -> tuple[list[Query], np.ndarray]:
-    """Return the queries of a slice that are an object, most probable first, and its label map (H, W)."""
+    """Return the queries of a slice, objects first, most probable first, and its semantic map (K, H, W)."""
     outputs = model(patch[None])
-    boxes, _ = model.prompt_generator.prompts(outputs, outputs["mask_logits"].shape[-2:], None)  # (D, N, 4)
+    prompts, _ = model.prompt_generator.prompts(outputs, outputs["mask_logits"].shape[-2:], None)  # (D, N, 4)
     logits = resize(outputs["mask_logits"], patch.shape[-2:])  # (D, N, H, W)
-    label_map = semantic_map(outputs["class_logits"], logits)[index].argmax(0).numpy()
-    probabilities, class_ids = outputs["class_logits"][index].softmax(-1).max(-1)  # (N,) each
-    masks, aux = logits[index].sigmoid().numpy(), [None] * len(class_ids)
+    maps = semantic_map(outputs["class_logits"], logits)[index].numpy()
+    boxes, aux = {"box prompt": prompts}, [None] * logits.shape[1]
     if "aux_mask_logits" in outputs:
         aux = outputs["aux_mask_logits"][index].sigmoid().numpy()
-    found = [
-        Query(n, int(class_ids[n]), float(probabilities[n]), boxes[index, n].numpy(), aux[n], masks[n])
-        for n in probabilities.argsort(descending=True).tolist()
-        if class_ids[n] < model.config.num_classes  # the last class is "no object"
-    ]
-    return found, label_map
+        boxes = {"mask's box": masks_to_boxes(outputs["aux_mask_logits"] > 0)} | boxes
+    if "aux_boxes" in outputs:
+        boxes = {"learned box": outputs["aux_boxes"]} | boxes
+    found, masks = [], logits[index].sigmoid().numpy()
+    for n, probabilities in enumerate(outputs["class_logits"][index].softmax(-1).numpy()):
+        own = {name: box[index, n].numpy() for name, box in boxes.items()}
+        found.append(Query(n, int(probabilities.argmax()), probabilities, own, aux[n], masks[n]))
+    nothing = model.config.num_classes
+    return sorted(found, key=lambda query: (query.class_id == nothing, -query.probabilities.max())), maps
 
 
 def cut_window(prepared: data.Prepared, d: int, size: Sequence[int]) -> tuple[Tensor, Tensor, int]:
@@ -89,50 +90,49 @@ def find_case(cases: Sequence[layouts.Case], name: str) -> layouts.Case:
     return known[name]
 
 
-def draw(args, source: layouts.DataSource, cases: Sequence[layouts.Case], titles: dict, **options) -> None:
-    """Draw the cases that have a title. Each case has a prediction, which lies where its image lies."""
-    files = dict(zip(cases, layouts.find_predictions(cases, args.predictions)))
-    pictures, labels = [], source.task.labels
-    for name, title in titles.items():
-        case, maps = find_case(cases, name), []
-        if case.label is None:
-            raise ValueError(f"{name}: found no label file, expected a truth to compare with")
-        image, place = nifti.read_image(case.images[0])
-        for path in (case.label, str(files[case])):
-            label_map, own_place = nifti.read_label(path, len(labels), place)
-            nifti.check_same_place(path, own_place, case.images[0], place)
-            maps.append(label_map)
-        pictures.append(Picture(title, image[0], *maps, place.spacing, sides_of(place.frame)))
-    draw_overlay(pictures, labels, args.output, **options)
-
-
-def compare(args: argparse.Namespace) -> None:
-    """Draw image, truth, prediction and errors of some cases of a split."""
-    source, cases = evaluate.find_cases(args, [])
-    spread = np.linspace(0, len(cases) - 1, min(NUM_CASES, len(cases))).round().astype(int)
-    titles = {name: name for name in args.case or [cases[i].name for i in spread]}
-    draw(args, source, cases, titles, panels=("image", "truth", "prediction", "errors"), one_row=False)
-
-
-def sheet(args: argparse.Namespace) -> None:
-    """Draw the worst, the median and the best case of an evaluation."""
-    folder = Path(args.predictions)  # the shortest name has our own metric convention
+def find_titles(args: argparse.Namespace) -> dict[str, str]:
+    """Return case -> title: of --case, or of the worst, median and best case by the first folder's scores."""
+    if args.case and args.data:
+        return {name: name for name in args.case}
+    folder = Path(args.predictions[0])  # the shortest name has our own metric convention
     path = min(folder.glob("metrics*.json"), key=lambda path: len(path.name), default=folder / "metrics.json")
     try:
         titles = rank_cases(results := json.loads(path.read_text()))
         if not args.data:
             args.data, args.root = results["data"], args.root or results["root"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = "no scores" if path.exists() else "no such file"
-        raise ValueError(f"{path}: found {found}, expected those of evaluate.py; run it first") from error
+        found = f"found no {'scores' if path.exists() else 'such file'}, expected those of evaluate.py"
+        raise ValueError(f"{path}: {found}; run it first, or name --data and --case") from error
+    return {name: name for name in args.case} if args.case else titles
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Draw a row per case: the truth, and the errors of each method. Ours: where they err most together."""
+    titles, names, rows = find_titles(args), args.names or args.predictions, []
     args.split, args.fold = "all", None
     source, known = evaluate.find_cases(args, [])
-    cases = [find_case(known, name) for name in results["per_case"]]
-    draw(args, source, cases, titles, panels=("truth", "prediction", "errors"), worst=True)
+    cases, labels = [find_case(known, name) for name in titles], source.task.labels
+    files = [layouts.find_predictions(cases, folder, spare=True) for folder in args.predictions]
+    for case, *paths in zip(cases, *files):
+        if case.label is None:
+            raise ValueError(f"{case.name}: found no label file, expected a truth to compare with")
+        (image, *_), place = nifti.read_image(case.images[0])
+        maps = []
+        for path in map(str, (case.label, *paths)):
+            label_map, own_place = nifti.read_label(path, len(labels), place)
+            nifti.check_same_place(path, own_place, case.images[0], place)
+            maps.append(label_map)
+        truth, rest = maps[0], (place.spacing, pictures.sides_of(place.frame))
+        d = int(sum((truth != prediction).sum((1, 2)) for prediction in maps).argmax())
+        row = [
+            (Picture(name, image, truth, found, *rest), d, "errors") for name, found in zip(names, maps[1:])
+        ]
+        rows.append((titles[case.name], [(row[0][0], d, "truth"), *row]))
+    pictures.draw_rows(rows, labels, args.output, pictures.ERRORS.items())
 
 
-def queries(args: argparse.Namespace) -> None:
-    """Draw the prompts and the final masks of the queries in one slice of a case."""
+def open_slice(args: argparse.Namespace) -> tuple[MaskSAM, Sequence[str], Tensor, int, Picture]:
+    """Return the model, labels, a patch (C, D, H, W), the index of the asked slice in it, and its picture."""
     (file,) = args.ckpt
     model, content = load_checkpoint(file, args.sam_checkpoint)
     if model.config.given_boxes:
@@ -150,17 +150,55 @@ def queries(args: argparse.Namespace) -> None:
         raise ValueError(f"--slice {args.slice}: {case.name} has the slices 0 to {native_depth - 1}")
     d = int((args.slice + 0.5) * depth / native_depth)
     patch, label, index = cut_window(prepared, d, model.config.patch_size)
-    found, label_map = find_queries(model, patch, index)
     title = f"{case.name}, slice {args.slice}" + (", truth unknown" if unknown else "")
-    title += f"\nqueries: {len(found)}, left out as no object: {model.config.num_queries - len(found)}"
     spacing = [old if new is None else new for old, new in zip(geometry.spacing, plan.spacing)]
-    maps = patch[0, index, None].numpy(), label[index, None].numpy(), label_map[None]
-    picture = Picture(title, *maps, spacing, sides_of(geometry.frame))
-    draw_queries(picture, found, plan.task.labels, args.output)
+    image, label = patch[0, index, None].numpy(), label[index, None].numpy()
+    picture = Picture(title, image, label, label, spacing, pictures.sides_of(geometry.frame))
+    return model, plan.task.labels, patch, index, picture
+
+
+def queries(args: argparse.Namespace) -> None:
+    """Draw the prompts and the final masks of the queries in one slice of a case."""
+    model, labels, patch, index, picture = open_slice(args)
+    everything, maps = find_queries(model, patch, index)
+    found = [query for query in everything if query.class_id < len(labels)]
+    counts = f"queries: {len(found)}, left out as no object: {len(everything) - len(found)}"
+    picture = picture._replace(name=f"{picture.name}\n{counts}", prediction=maps.argmax(0)[None])
+    pictures.draw_queries(picture, found, labels, args.output)
+
+
+def walk(args: argparse.Namespace) -> None:
+    """Draw what each part of the network makes of one slice of a case (fig. 2)."""
+    model, labels, patch, index, picture = open_slice(args)
+    kept, config = {}, model.config  # name of a part -> its inputs and outputs
+    for name, part in (("stem", model.stem), ("generator", model.prompt_generator), ("whole", model)):
+        part.register_forward_hook(lambda _, *values, name=name: kept.update({name: values}))
+    found, maps = find_queries(model, patch, index)
+    ((volume,), outputs), (neck, taps, *_) = kept["whole"], kept["generator"][0]
+    grey = kept["stem"][1] * model.sam.pixel_std + model.sam.pixel_mean  # (S, 3, *encoder_size)
+    low, high = np.percentile(grey[index], (1, 99))
+    view = ((grey[index] - low) / (high - low)).clip(0, 1).movedim(0, -1).numpy()
+    views = [(f"stem's picture {tuple(grey.shape)}", view)]
+    for name, feature in zip(("tap 1", "tap 2", "tap 3", "tap 4", "neck"), (*taps, neck)):
+        views.append((f"{name} {tuple(feature.shape)}", pictures.colour_map(feature[index].numpy())))
+    names = ("aux_mask_logits", "class_logits", "mask_logits")
+    parts = volume, neck, *(outputs.get(name, neck[:0]) for name in names), maps
+    count, (h, w), n = sum(query.class_id == len(labels) for query in found), config.grid, config.num_queries
+    guide = f"""{picture.name}, slice {index + 1} of the {config.patch_size[0]} in its patch
+S = B D slices, N = {n} queries, K = {len(labels)} classes, h x w = {h} x {w} tokens
+White line: the outline of the true objects
+Taps and neck: their first three principal components as colours
+Dashed: the learned box, and the box of the auxiliary mask
+Solid: the box prompt, as in fig. 5{model.prompt_generator.form}
+Queries: the most probable objects first; {count} of {n} are no object here"""
+    picture = picture._replace(prediction=maps.argmax(0)[None])
+    pictures.draw_walk(
+        picture, guide, views, [tuple(p.shape) for p in parts], found, maps, labels, args.output
+    )
 
 
 # The commands, and the options that each of them needs.
-COMMANDS = {compare: ("predictions", "data"), sheet: ("predictions",), queries: ("ckpt", "case")}
+COMMANDS = {compare: ("predictions",), queries: ("ckpt", "case"), walk: ("ckpt", "case")}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -169,16 +207,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add, commands = parser.add_argument, {command.__name__: command for command in COMMANDS}
     add("command", choices=commands)
     add("--data", help=COMMON_OPTIONS["data"]["help"] + " (default: as in training, or as scored)")
-    add("--predictions", help="compare, sheet: folder with label maps of evaluate.py or another program")
-    add("--ckpt", nargs=1, metavar="FILE", help="queries: checkpoint that train.py wrote")
-    add("--case", nargs="+", help="names of cases, one for queries (default: some of the split)")
-    add("--slice", type=int, help="queries: slice of the file, from 0 (default: the one with most labels)")
-    add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
+    add("--predictions", nargs="+", metavar="DIR", help="compare: folders with label maps, of any program")
+    add("--names", nargs="+", metavar="NAME", help="compare: names of the folders' methods")
+    add("--ckpt", nargs=1, metavar="FILE", help="queries, walk: checkpoint that train.py wrote")
+    add("--case", nargs="+", help="names of cases (default: by the scores), one for queries and walk")
+    add("--slice", type=int, help="queries, walk: slice of the file, from 0 (default: with most labels)")
+    add("--split", default="val", help="queries, walk: split of the case, or all (default: %(default)s)")
     add("--output", help="PNG to write (default: <command>.png)")
     args = parser.parse_args(argv)
     args.output, args.command = args.output or f"{args.command}.png", commands[args.command]
     if missing := [f"--{name}" for name in COMMANDS[args.command] if not getattr(args, name)]:
         parser.error(f"{args.command.__name__} needs {' and '.join(missing)}")
+    if args.names and len(args.names) != (number := len(args.predictions or ())):
+        parser.error(f"--names: found {len(args.names)}, expected {number} as in --predictions")
     return args
 
 
