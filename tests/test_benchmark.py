@@ -1,4 +1,4 @@
-"""The benchmark's own claims: its arithmetic, and that the parts are the whole."""
+"""The benchmark's own claims: its arithmetic, its rows, and its table of parameters."""
 
 import json
 
@@ -9,32 +9,50 @@ from model import MaskSAM, MaskSAMConfig
 from support.sam import BACKBONES
 from tools import benchmark
 
-SMALL = "--data phantom --sam tiny --patch 2 32 32 --encoder 64 64 --repeat 1".split()
+SMALL = "--data phantom --sam tiny --patch 2 32 32 --encoder 64 64 --queries 6 --repeat 1 --amp off".split()
 
 
-def test_the_parts_together_do_the_arithmetic_of_the_whole_and_leave_the_weights_alone():
-    """A part that is left out, or measured on other sizes, is missed here."""
-    args = benchmark.parse_arguments([*SMALL, "--device", "cpu", "--amp", "off"])
-    bench = benchmark.Bench(MaskSAMConfig("tiny", "b9", 1, 4, 6, (2, 32, 32), (64, 64)), args)
+def bench(*more: str) -> benchmark.Bench:
+    args = benchmark.parse_arguments([*SMALL, "--device", "cpu", *more])
+    return benchmark.Bench(*benchmark.choose(args, "phantom", "tiny"), args)
+
+
+def test_the_arithmetic_is_counted_and_the_weights_stay():
     a, b = torch.randn(30, 40), torch.randn(40, 50)
-    assert bench.measure(lambda: a @ b)["gflop"] == pytest.approx(2 * 30 * 40 * 50 / 1e9)
-    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
-    checkpointed, bench.model.gradient_checkpointing = bench.measure(bench.step)["gflop"], False
-    prediction, step = (bench.measure(run)["gflop"] for run in (bench.predict, bench.step))
-    rows, parts = bench.rows(), ["stem", "encoder", "prompt generator", "prompt encoder", "decoder"]
-    assert sum(rows[name]["gflop"] for name in parts) == pytest.approx(prediction, rel=0.02)
-    trained = sum(rows[name]["training"]["gflop"] for name in [*parts, "costs of all pairs"])
-    assert trained == pytest.approx(step, rel=0.05)
-    assert checkpointed == pytest.approx(step + rows["encoder"]["gflop"], rel=0.1)  # encoder once more
-    assert all(torch.equal(value, before[name]) for name, value in bench.model.state_dict().items())
+    made = bench("--batch", "2")
+    assert made.measure(lambda: a @ b)[0] == pytest.approx(2 * 30 * 40 * 50 / 1e12)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    (step, *_), (prediction, *_) = made.measure(made.step), made.measure(made.predict)
+    assert 2.5 * prediction < step < 3.5 * prediction  # backward costs as much as two predictions
+    assert made.measure(bench("--batch", "2", "--checkpointing").step)[0] > 1.1 * step
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
 
-def test_the_command_prints_and_writes_the_parts(tmp_path, capsys):
-    results = benchmark.main([*SMALL, "--queries", "4", "--json", str(tmp_path / "cost.json")])
+def test_a_row_follows_from_its_measurements():
+    """A fake stopwatch: a step of 16 patches takes 8 s, one of 2 patches 2 s, a prediction of 16 takes 4."""
+    made = bench("--batch", "16")
+    seconds = {made.step: lambda: 8 if len(made.volume) == 16 else 2, made.predict: lambda: 4}
+    made.measure = lambda run: (16.0, seconds[run](), 3.0)
+    row = made.row((2, 32, 48), peak=4.0)  # two windows along W, flipped in plane
+    assert tuple(row) == benchmark.TITLES
+    hours = [3000 * 8 / 3600, 3000 * 2 / 3600]
+    assert [*row.values()] == pytest.approx([16, 8000, 16, 50, 3, 2, *hours, 2 * 4 * 4 / 16])
+
+
+def test_a_gpu_is_waited_for_and_measured_by_its_own_memory(monkeypatch):
+    calls = []
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: calls.append(name) or 2**31)
+    assert benchmark.measure(lambda: calls.append("run"), torch.device("cuda", 0), 1)[2] == 2
+    assert calls == "run reset_peak_memory_stats synchronize run synchronize max_memory_allocated".split()
+
+
+def test_the_command_prints_and_writes_a_row_per_backbone(tmp_path, capsys):
+    results = benchmark.main([*SMALL, "--sam", "tiny", "mobile_sam", "--json", str(tmp_path / "cost.json")])
     assert json.loads((tmp_path / "cost.json").read_text())["rows"] == results["rows"]
+    assert [*results["rows"]] == ["phantom tiny", "phantom mobile_sam"]
     printed = capsys.readouterr().out
-    for name in ("prediction, step", "decoder", "matching", "plain SAM: encoder"):
-        assert name in printed and results["rows"][name]["seconds"] > 0
+    assert all(title in printed for title in (*benchmark.TITLES, *results["rows"]))
     with pytest.raises(SystemExit, match=r"^benchmark.py: encoder_size is \(100, 100\), expected 2 .* of 16"):
         benchmark.main([*SMALL, "--encoder", "100", "100"])
 

@@ -8,18 +8,23 @@ import itertools
 import re
 import textwrap
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
+import evaluate
 import model as M
 from matcher import Segments, SetCriterion, pairwise_terms
-from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters, semantic_map
+from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters, semantic_map, trained_state
 from networks import labels_to_segments, task, tiny, wake, wake_sam
 from support import attention
-from support.sam import BACKBONES, modeling
+from support.presets import PRESETS
+from support.sam import BACKBONES, modeling, store_frozen
 from support.tiny_vit import TransformerBlock
 
 REPEATED = {
@@ -348,7 +353,11 @@ def test_all_of_sam_is_frozen_and_the_acdc_preset_tunes_about_14_million():
     assert kept == sum(p.numel() for p in net.sam.parameters()) and counts["classifier"] == [256 * 5 + 5, 0]
 
 
-PLACES_OF_TENSORS = [("tiny", True, ()), ("tiny", False, ("meta",)), ("mobile_sam", False, ())]
+PLACES_OF_TENSORS = [("tiny", True, ()), ("tiny", False, ("meta",)), ("vit_b", False, ("meta",))]
+PLACES_OF_TENSORS += [
+    ("mobile_sam", False, ()),
+    ("lite_medsam", False, ()),
+]  # ViT-L and ViT-H are ViT-B, larger
 
 
 @pytest.mark.parametrize("sam, given_boxes, fused", PLACES_OF_TENSORS)
@@ -358,11 +367,67 @@ def test_a_step_makes_no_tensor_on_another_device(sam, given_boxes, fused, monke
     with torch.device("meta"):
         net = tiny(sam=sam, given_boxes=given_boxes).to("meta")  # SAM makes its pixel statistics on the CPU
     volume, segments = (boxes_task if given_boxes else task)(tiny())
+    net.gradient_checkpointing = True
     outputs = net(volume.to("meta"))
     terms = pairwise_terms(outputs, Segments(*(tensor.to("meta") for tensor in segments)))
     sum(term.sum() for term in terms.values()).backward()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     assert gradients and all(tensor.is_meta for tensor in [*outputs.values(), *gradients])
+
+
+def test_a_prediction_stays_where_the_network_is():
+    def predict(windows: Tensor) -> Tensor:
+        return torch.zeros(len(windows), 3, *windows.shape[2:], device="meta")
+
+    slabs = evaluate.sliding_window_inference(predict, torch.zeros(1, 9, 20, 20), (4, 16, 16), 0.5, 2)
+    parts = [*data.resample_scores(slabs, 9, (13, 30, 30))]
+    assert sum(part.shape[1] for part in parts) == 13 and all(part.is_meta for part in parts)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the tensors that are cast."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sam", ["small", "lite_medsam", "tiny"])
+def test_frozen_weights_in_autocasts_type_give_the_same_bits_with_fewer_casts(sam, small):
+    net, casts, results = awake(sam=sam).float(), [], []
+    wake(net.encoder_adapters, std=0.05)
+    (volume, segments), before = task(net), {key: x.clone() for key, x in trained_state(net).items()}
+    for dtype in (None, torch.bfloat16):
+        store_frozen(net.sam, dtype)
+        with torch.autocast("cpu", torch.bfloat16), Casts() as mode:
+            outputs = net(volume)
+        trained = [p for p in net.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(SetCriterion()(outputs, segments)[0], trained)
+        results.append([*outputs.values(), *gradients])
+        casts.append(mode.count)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results))
+    assert all(
+        torch.equal(x, before[key]) and x.dtype == before[key].dtype for key, x in trained_state(net).items()
+    )
+    assert (casts[0] - casts[1] > 100) == net.sam_is_frozen and (casts[0] >= casts[1])
+
+
+FITS = [
+    ("acdc", 79, False),
+    ("acdc", 40, True),
+    ("synapse", 24, True),
+    ("amos", 79, False),
+    ("amos", 24, True),
+]
+
+
+@pytest.mark.parametrize("name, gib, expected", FITS)
+def test_checkpointing_follows_the_memory_of_the_device(name, gib, expected):
+    sizes = {key: getattr(PRESETS[name], key) for key in ("patch_size", "encoder_size")}
+    net = SimpleNamespace(config=MaskSAMConfig(**sizes), encoder=SimpleNamespace(block_dims=[768] * 12))
+    assert MaskSAM.needs_checkpointing(net, 2, "bf16", gib * 2**30) == expected
 
 
 @pytest.mark.parametrize("sam", ["tiny", "lite_medsam"])
@@ -374,10 +439,16 @@ def test_gradient_checkpointing_computes_blocks_twice_but_the_last_mlp_layer_and
         net.gradient_checkpointing = checkpointing
         for name, layer in net.encoder.stages[1][0][0].mlp.named_children():
             layer.register_forward_hook(lambda *call, name=name, calls=calls: calls.append(name[-1]))
+        for level in net.prompt_generator.levels[-2:]:
+            level.register_forward_pre_hook(lambda level, _, calls=calls: calls.append(level.size))
         volume, segments = task(net, batch=2)
         SetCriterion()(net(volume), segments)[0].backward()
         gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
         assert (calls.count("1"), calls.count("2")) == (1 + checkpointing, 1)
+        assert [calls.count(level.size) for level in net.prompt_generator.levels[-2:]] == [
+            1,
+            1 + checkpointing,
+        ]
         net.predict(volume)  # nothing is computed again
         assert calls.count("1") == 2 + checkpointing
     close(*gradients, rtol=1e-5, atol=1e-8)  # the same kernels run twice on the same numbers

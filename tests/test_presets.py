@@ -1,5 +1,7 @@
 """The presets: labels, scored organs, and sizes that a backbone or a folder's cases bring."""
 
+import dataclasses
+
 import pytest
 
 from model import MaskSAMConfig
@@ -26,7 +28,10 @@ def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
     tiny = recipe(acdc, "tiny")
     assert tiny.patch_size == (4, 160, 160) and tiny.encoder_size == (320, 320) and tiny.epochs == 36
     assert tiny.task is acdc.task and tiny.num_queries == acdc.num_queries
-    assert recipe(acdc, "vit_h") is acdc and recipe(PRESETS["phantom"], "tiny") is PRESETS["phantom"]
+    assert [recipe(acdc, "mobile_sam", device).batch_size for device in ("cpu", "cuda:1")] == [1, 4]
+    small = folder_preset(acdc.task, [(36, 50, 35)])
+    assert recipe(small, "tiny", "cuda") == dataclasses.replace(recipe(small, "tiny"), batch_size=8)
+    assert recipe(acdc, "vit_h", "cuda") is acdc and recipe(PRESETS["phantom"], "tiny") is PRESETS["phantom"]
 
 
 def test_the_preset_of_a_folder_fits_its_median_case():

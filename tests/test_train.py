@@ -114,7 +114,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick,
 
 
 def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
-    short, _ = run(root, "longer", *SHORT)
+    short, content = run(root, "longer", *SHORT)
+    content["schedule"]["processes"] = 1  # as in older files, whose batches were those of one process
+    torch.save(content, "runs/phantom-longer/last.pt")
     log, last = run(root, "longer", *SHORT, "--epochs", "2", "--resume")
     assert log[:1] == short and last["step"] == 4
     assert log[1]["lr"] == pytest.approx(1e-3 * (1 - 3 / 4) ** 0.9)
@@ -216,8 +218,10 @@ def test_the_validation_dice_is_the_mean_over_the_scored_classes(root, quick, mo
     assert entry["val_dice"] == 0.5 and entry["val_dice_per_class"] == {"RV": 0.1, "Myo": 0.5, "LV": 0.6}
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(root, quick):
-    (one,), _ = run(root, "one", *SHORT, "--batch", "2")
+def test_two_processes_equal_one_with_the_default_settings(root, quick, monkeypatch):
+    preset = dataclasses.replace(PRESETS["phantom"], batch_size=2)  # as those of the paper's data sets
+    monkeypatch.setitem(PRESETS, "phantom", preset)
+    (one,), _ = run(root, "one", *SHORT)
     with socket.create_server(("127.0.0.1", 0)) as free:
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
@@ -228,7 +232,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(root, quick):
         torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
         if rank == 1 and not more:  # A signal for one of them stops both in the same step.
             train.train_step = lambda run: (os.kill(os.getpid(), signal.SIGUSR1), original(run))[1]
-        train.main(["--root", str(root), "--name", "two", *SMALL, *SHORT, "--batch", "1", *more])
+        train.main(["--root", str(root), "--name", "two", *SMALL, *SHORT, *more])
 
     context = torch.multiprocessing.start_processes(train_one_half, (), 2, False, start_method="fork")
     for process in context.processes:
@@ -241,8 +245,25 @@ def test_two_processes_equal_one_with_the_same_global_batch(root, quick):
         assert other[key] == pytest.approx(one[key], rel=2e-3), key
 
 
+@pytest.mark.parametrize("world, batch, expected", [(2, 0, 2), (3, 0, 3), (8, 0, 8), (4, 8, 8), (1, 3, 3)])
+def test_processes_share_a_batch_and_the_presets_grows_to_one_patch_each(world, batch, expected, capsys):
+    given = ["--batch", str(batch)] if batch else []
+    args = train.parse_arguments(["--data", "acdc", "--epochs", "1", "--iterations", "2", *given])
+    train.resolve(args, PRESETS["acdc"], train.processes.Processes(world=world))
+    assert args.batch_size == expected
+    assert ("raised to" in capsys.readouterr().out) == (not batch and expected > 2)
+    shares = [train.patch_indices(0, args, rank, world) for rank in range(world)]
+    assert sorted(sum(shares, [])) == list(range(2 * expected)) and len({*map(len, shares)}) == 1
+    args.batch_size = 3 * world + 1
+    if world > 1:
+        with pytest.raises(
+            ValueError, match=f"--batch: found .*, expected a multiple of the {world} processes"
+        ):
+            train.resolve(args, PRESETS["acdc"], train.processes.Processes(world=world))
+
+
 def test_patches_and_rate_are_pure_functions_of_the_step():
-    args = train.parse_arguments("--accumulate 3 --batch 2 --epochs 2 --iterations 5 --lr 0.001".split())
+    args = train.parse_arguments("--accumulate 3 --batch 4 --epochs 2 --iterations 5 --lr 0.001".split())
     ranks = [train.patch_indices(0, args, rank, 2) for rank in (0, 1)]
     assert sorted(sum(ranks, [])) == list(range(2 * 5 * 3 * 2 * 2))
     assert ranks[0][:4] == [0, 1, 4, 5]  # batch by batch: as many processes as you like, in the same order

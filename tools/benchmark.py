@@ -1,14 +1,12 @@
-"""Measure the time, memory and arithmetic of a training step and a prediction, part by part (paper table 5).
+"""Measure training steps and predictions of presets and backbones; count their parameters (paper table 5).
 
-The weights are random, which does not change the cost. Each part runs by itself: forward, then forward and
-backward. On a CPU, compare CPU seconds and ratios, because other processes disturb the clock.
+The patches and the weights are random, which does not change the cost.
 
-    python -m tools.benchmark                          # the ACDC preset: parts, training step, prediction
-    python -m tools.benchmark --sam mobile_sam --encoder 512 512 --json cost.json
+    python -m tools.benchmark --device cuda            # a table of three presets with four backbones each
+    python -m tools.benchmark --device cpu             # the phantom's preset, in CPU seconds
+    python -m tools.benchmark --data acdc --sam vit_b vit_h --json cost.json
     python -m tools.benchmark --queries 32             # other sizes: --patch D H W, --encoder H W, --batch B
     python -m tools.benchmark --parameters             # table 5 for every backbone and every variant
-
-    volume ── stem ── encoder ── prompt generator ── prompt encoder ── decoder ── costs of pairs ── matching
 """
 
 import os
@@ -19,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,53 +25,81 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import label_map_to_segments
-from matcher import SetCriterion, pairwise_terms
+from evaluate import window_starts
+from matcher import SetCriterion
 from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters
 from support import files
-from support.presets import PRESETS, recipe
+from support.presets import LIGHT_SCALES, PRESETS, Preset, recipe
 from support.processes import peak_memory
-from support.sam import BACKBONES
+from support.sam import BACKBONES, store_frozen
 
 PARTS = ("sam", "stem", "encoder_adapters", "decoder_adapters", "prompt_generator", "tokens", "total")
 # Millions of trained and of frozen parameters, in table 5 and in the networks that the Release builds.
 PUBLISHED = {"paper": (14, 91), "release, ACDC (ViT-B)": (21.4, 93.7), "release, AMOS (ViT-H)": (66, 641)}
+# Ours: the size (D, H, W) in voxels of the case whose prediction is timed.
+CASES = {
+    "phantom": (9, 112, 112),
+    "acdc": (10, 256, 216),
+    "synapse": (150, 512, 512),
+    "amos": (100, 512, 512),
+}
+SIZES = ("patch_size", "encoder_size", "num_queries", "batch_size")
+TITLES = ("batch", "ms/step", "TFLOP/step", "% of peak", "GiB", "patches/s", "hours", "on 8 cards", "s/case")
 
 
-def measure(run: Callable, device: torch.device, repeat: int) -> dict[str, float]:
-    """Return gflop, the medians of seconds and cpu_seconds of `repeat` runs, and on a GPU the peak gib."""
-    on_gpu, times = device.type == "cuda", []
+def clock(device: torch.device) -> float:
+    """Return the seconds by the clock, or those of the CPU, as other processes disturb the clock there."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(run: Callable, device: torch.device, repeat: int) -> tuple[float, float, float]:
+    """Return the TFLOP of a run, the median seconds of `repeat` runs, and the peak of the memory in GiB."""
     with FlopCounterMode(display=False) as counter:
         run()  # this warms up too
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    times = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(repeat):
-        began, cpu_began = time.perf_counter(), time.process_time()
+        began = clock(device)
         run()
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - began, time.process_time() - cpu_began))
-    seconds, cpu_seconds = map(statistics.median, zip(*times))
-    cost = {"gflop": counter.get_total_flops() / 1e9, "seconds": seconds, "cpu_seconds": cpu_seconds}
-    return cost | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if on_gpu else {})
+        times.append(clock(device) - began)
+    return counter.get_total_flops() / 1e12, statistics.median(times), peak_memory(device) / 2**30
+
+
+def choose(args: argparse.Namespace, data: str, sam: str) -> tuple[Preset, MaskSAMConfig]:
+    """Return the preset of a data set and a backbone, with the sizes of the command line, and its network."""
+    given = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+    preset = dataclasses.replace(recipe(PRESETS[data], sam, args.device), **given)
+    sizes = {name: getattr(preset, name) for name in SIZES[:3]}
+    return preset, MaskSAMConfig(sam, args.variant, num_classes=len(preset.task.labels), **sizes)
 
 
 class Bench:
-    """A model of a config with a batch of random patches, and its measurements as the command line says."""
+    """A network with a batch of random patches."""
 
-    def __init__(self, config: MaskSAMConfig, args: argparse.Namespace):
+    def __init__(self, preset: Preset, config: MaskSAMConfig, args: argparse.Namespace):
         torch.manual_seed(0)
-        self.device, (depth, *plane), batch = torch.device(args.device), config.patch_size, args.batch_size
+        self.preset, self.config, self.device = preset, config, torch.device(args.device)
         self.autocast = partial(files.autocast, self.device, args.amp)
         self.measure = partial(measure, device=self.device, repeat=args.repeat)
         self.model, self.criterion = MaskSAM(config).to(self.device), SetCriterion()
-        self.model.gradient_checkpointing = args.checkpointing
+        store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
+        how = preset.batch_size, args.amp, files.total_memory(self.device)
+        chosen = self.model.needs_checkpointing(*how) if args.checkpointing is None else args.checkpointing
+        self.model.gradient_checkpointing = chosen
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # the weights stay as they are
+        self.make_batch(preset.batch_size)
+
+    def make_batch(self, batch: int) -> None:
+        """Make the patches and the truth of the next measurements."""
+        config, (depth, *plane) = self.config, self.config.patch_size
         self.volume = torch.randn(batch, config.num_channels, depth, *plane, device=self.device)
         labels = torch.randint(config.num_classes, (batch * depth, *plane), device=self.device)
         self.segments = label_map_to_segments(labels, config.num_classes)
@@ -90,40 +117,45 @@ class Bench:
         with self.autocast():
             return self.model.eval().predict(self.volume)
 
-    def rows(self) -> dict[str, dict]:
-        """Measure prediction and step, the parts of `MaskSAM.forward` in order, and SAM's own encoder."""
-        rows = {"prediction, step": self.measure(self.predict) | {"training": self.measure(self.step)}}
-        model = self.model
+    def row(self, case: tuple[int, ...], peak: float) -> dict[str, float]:
+        """Return a number for each of `TITLES`; `peak` is in TFLOP/s. The hours are those of training steps.
 
-        def part(name: str, call: Callable, *inputs) -> object:
-            def forward_and_backward() -> None:  # from gradients of ones
-                leaves = tree_map(lambda x: x.detach().requires_grad_(x.is_floating_point()), inputs)
-                with self.autocast():
-                    roots = [x for x in tree_leaves(call(*leaves)) if x is not None and x.requires_grad]
-                torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-                self.optimizer.zero_grad()
-
-            with torch.no_grad(), self.autocast():
-                rows[name] = self.measure(lambda: call(*inputs))
-                outputs = call(*inputs)
-            rows[name]["training"] = self.measure(forward_and_backward)
-            return outputs
-
-        image = part("stem", model.stem, self.volume.transpose(1, 2).flatten(0, 1))
-        neck, taps = part("encoder", model.encode, image)
-        aux = part("prompt generator", model.prompt_generator, neck, taps)
-        *prompts, image_pe = part("prompt encoder", model.encode_prompts, aux)
-        tokens = model.class_tokens + aux["class_tokens"]
-        classes, masks = part("decoder", model.decode, neck, image_pe, *prompts, tokens)
-        outputs = {"class_logits": classes, "mask_logits": masks, **aux}
-        terms = part("costs of all pairs", partial(pairwise_terms, segments=self.segments), outputs)
-        rows["matching"] = self.measure(lambda: self.criterion.matcher(terms, self.segments.present))
-        part("plain SAM: encoder", model.sam.image_encoder, image)
-        return rows
+        Each of eight cards has an eighth of the batch, but at least one patch. Its step is measured on one
+        card, without the exchange of gradients.
+        """
+        preset, batch = self.preset, len(self.volume)
+        tflop, seconds, gib = self.measure(self.step)
+        windows = math.prod(len(window_starts(max(n, p), p, 0.5)) for n, p in zip(case, preset.patch_size))
+        windows *= 2 ** len(preset.task.flip_axes or ())
+        prediction = windows * self.measure(self.predict)[1] / batch
+        self.make_batch(-(-batch // 8))
+        hours = [preset.epochs * preset.iterations * s / 3600 for s in (seconds, self.measure(self.step)[1])]
+        share, rate = 100 * tflop / seconds / peak, batch / seconds
+        numbers = batch, 1000 * seconds, tflop, share, gib, rate, *hours, prediction
+        return dict(zip(TITLES, numbers, strict=True))
 
 
-def count(config: MaskSAMConfig) -> dict[str, dict[str, int]]:
+def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure and print a row for each preset and backbone. The peak is that of a square matrix product."""
+    device, rows, on_gpu = torch.device(args.device), {}, args.device != "cpu"
+    side = 8192 if on_gpu else 1024
+    a = torch.randn(side, side, device=device, dtype=files.AMP_TYPES[args.amp])
+    tflop, seconds, _ = measure(lambda: a @ a, device, 10)
+    print(f"{args.device}, {args.amp}, {torch.get_num_threads()} threads, peak {tflop / seconds:.4g} TFLOP/s")
+    print(f"{'':20s}" + "".join(f"{title:>12s}" for title in TITLES))
+    for name in args.data or (["acdc", "synapse", "amos"] if on_gpu else ["phantom"]):
+        for sam in args.sam or [PRESETS[name].sam, *(LIGHT_SCALES if on_gpu else [])]:
+            row = Bench(*choose(args, name, sam), args).row(CASES[name], tflop / seconds)
+            rows[f"{name} {sam}"] = row
+            print(
+                f"{name + ' ' + sam:20s}" + "".join(f"{number:12.4g}" for number in row.values()), flush=True
+            )
+    return rows
+
+
+def count(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Count and print the parameters of every backbone, and of every variant of one backbone (table 5)."""
+    _, config = choose(args, (args.data or ["acdc"])[0], (args.sam or ["vit_b"])[0])
     rows = {}
     print(f"{'millions':24s}" + "".join(f"{title.replace('_', ' '):>18s}" for title in (*PARTS, "frozen")))
     for name, (trained, frozen) in PUBLISHED.items():
@@ -141,35 +173,25 @@ def count(config: MaskSAMConfig) -> dict[str, dict[str, int]]:
     return rows
 
 
-def print_rows(rows: dict[str, dict], args: argparse.Namespace) -> None:
-    """Print one line per part: the costs of forward, then those of forward and backward."""
-    titles = [title for title in next(iter(rows.values())) if title != "training"]
-    print(f"{'':24s}" + 2 * "".join(f"{title:>12s}" for title in titles) + "  (right half: with backward)")
-    for name, row in rows.items():
-        costs = [each[title] for each in (row, row.get("training", {})) for title in titles if each]
-        print(f"{name:24s}" + "".join(f"{cost:12.3f}" for cost in costs))
-    if "gib" in titles:  # the rates of a step, whose arithmetic includes that of checkpointing
-        a, step = torch.randn(8192, 8192, device=args.device).bfloat16(), rows["prediction, step"]["training"]
-        product = measure(lambda: a @ a, a.device, 10)
-        peak, rate = (cost["gflop"] / cost["seconds"] / 1e3 for cost in (product, step))
-        share = f"{rate:.1f} TFLOP/s, {rate / peak:.1%} of a bf16 product of 8192 x 8192"
-        print(f"training step: {args.batch_size / step['seconds']:.2f} patches/s, {share}")
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; None stands for the value of the preset."""
     parser = files.make_parser(__doc__, "device", device=files.default_device())
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", choices=PRESETS, default="acdc", help="preset (default: %(default)s)")
-    add("--sam", choices=BACKBONES, help="backbone (default: that of the preset)")
+    add("--data", nargs="+", choices=PRESETS, help="presets (default: phantom; on a GPU the others)")
+    add(
+        "--sam",
+        nargs="+",
+        choices=BACKBONES,
+        help="backbones (default: the preset's; on a GPU the light ones too)",
+    )
     add("--variant", choices=VARIANTS, default="b9", help="row of table 4 (default: %(default)s)")
     add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size", help="patch in voxels")
     add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="input size of SAM")
     add("--queries", type=int, dest="num_queries", help="number of queries N")
-    add("--batch", type=int, default=1, dest="batch_size", help="number of patches (default: %(default)s)")
+    add("--batch", type=int, dest="batch_size", help="number of patches")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: as in train.py)")
-    add("--checkpointing", action=switch, default=True, help="compute encoder blocks again in backward")
-    add("--repeat", type=int, default=3, help="number of runs of each part (default: %(default)s)")
+    add("--checkpointing", action=switch, help="compute encoder blocks again (default: as in train.py)")
+    add("--repeat", type=int, default=3, help="number of runs (default: %(default)s)")
     add("--parameters", action="store_true", help="count parameters by component, instead of measuring")
     add("--json", help="file to write")
     return parser.parse_args(argv)
@@ -179,16 +201,8 @@ def main(argv: list[str] | None = None) -> dict:
     """Measure or count, and print, as the command line says. Return the content of `--json`."""
     args = parse_arguments(argv)
     with files.one_sentence("benchmark.py", args.debug):
-        args.amp, args.sam = args.amp or files.default_amp(args.device), args.sam or PRESETS[args.data].sam
-        preset, sizes = recipe(PRESETS[args.data], args.sam), ("patch_size", "encoder_size", "num_queries")
-        vars(args).update(sizes := {name: getattr(args, name) or getattr(preset, name) for name in sizes})
-        config = MaskSAMConfig(args.sam, args.variant, num_classes=len(preset.task.labels), **sizes)
-        if args.parameters:
-            rows = count(config)
-        else:
-            print(f"{args.device}, {args.amp}, {torch.get_num_threads()} threads: {config}")
-            print_rows(rows := Bench(config, args).rows(), args)
-            print(f"memory: {peak_memory(torch.device(args.device)) / 2**30:.2f} GiB at most")
+        args.amp = args.amp or files.default_amp(args.device)
+        rows = count(args) if args.parameters else table(args)
         results = {"rows": rows, "arguments": vars(args), "torch": torch.__version__}
         if args.json:
             files.write_text(Path(args.json), json.dumps(results, indent=1))
