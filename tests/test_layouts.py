@@ -46,6 +46,10 @@ def test_acdc_has_the_papers_split(tmp_path):
     assert sorted(sum(found.values(), [])) == list(range(1, 101))
     for fold in folds:  # of patients, each with both frames; no test patient is trained on
         assert fold["test"] == splits["test"] and len({name[:10] for name in fold["val"]}) == 16
+    source = find_data("acdc", tmp_path, "all")  # val is trained on too, and test is not
+    parts = {split: {*cases} for split, cases in source.splits.items()}
+    assert parts["val"] < parts["train"] and parts["train"] | parts["test"] == {*source.cases}
+    assert len(source.cases) == 200 and "The 20 cases of val are trained on too" in source.notes[-1]
     refuses("--group .* found the published split of acdc", find_data, "acdc", tmp_path, group="(.)")
     refuses("Info.cfg: found a patient of acdc.* --data acdc", find_data, "phantom", tmp_path)
     for number in ("001", "090"):  # both are listed

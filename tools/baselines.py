@@ -51,10 +51,7 @@ class Baseline:
 
 MEDSAM_HOME = "medsam_vit_b.pth of https://zenodo.org/records/10689643 (see github.com/bowang-lab/MedSAM)"
 SAM2_HOME = "sam2_hiera_*.pt or sam2.1_hiera_*.pt of this size, of github.com/facebookresearch/sam2"
-# The sizes of SAM 2's image encoders, of configs/sam2/*.yaml there. Those of SAM 2.1 are the same.
-HIERA_SIZES = (
-    "embed_dim num_heads stages global_att_blocks window_spec window_pos_embed_bkg_spatial_size".split()
-)
+# Arguments of `build_sam2`. Source: configs/sam2/*.yaml there; the sizes of SAM 2.1 are the same.
 HIERA = {
     "sam2_tiny": (96, 1, (1, 2, 7, 2), (5, 7, 9), (8, 4, 14, 7), (7, 7)),
     "sam2_base_plus": (112, 2, (2, 3, 16, 3), (12, 16, 20), (8, 4, 14, 7), (14, 14)),
@@ -70,30 +67,29 @@ BASELINES = {
 } | {name: Baseline(name, 1024, SAM2_HOME, square="bilinear") for name in HIERA}
 
 
-def build_sam2(*sizes) -> modeling.Sam:
-    """Put the modules of SAM 2's package that segment a single picture behind the interface of SAM.
+def build_sam2(width: int, heads: int, stages, global_blocks, windows, window_positions) -> modeling.Sam:
+    """Put the modules of SAM 2's package that segment single pictures behind the interface of SAM.
 
-    Masks and scores equal those of the package's `SAM2ImagePredictor`. `sizes` are those of `HIERA_SIZES`.
+    Masks and scores equal those of its `SAM2ImagePredictor`. The arguments are the sizes of its `Hiera`.
     """
     if (spec := importlib.util.find_spec("sam2")) is None:
         raise ValueError("found no package sam2, expected it: pip install --no-deps rf-sam-2")
     # The package's own __init__ would start hydra, and iopath would read a file that we do not have.
     sys.modules.setdefault("sam2", importlib.util.module_from_spec(spec))
     sys.modules.setdefault("iopath.common.file_io", argparse.Namespace(g_pathmgr=None))
-    from sam2.modeling import sam2_base
-    from sam2.modeling.backbones import hieradet, image_encoder
+    from sam2.modeling.backbones.hieradet import Hiera
+    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.sam2_base import SAM2Base
 
-    widths, hiera = [sizes[0] * n for n in (8, 4, 2, 1)], hieradet.Hiera(**dict(zip(HIERA_SIZES, sizes)))
-    neck = image_encoder.FpnNeck(
-        nn.Identity(), 256, widths, fpn_interp_model="nearest", fpn_top_down_levels=[2, 3]
-    )
-    flags = (
-        "use_high_res_features_in_sam iou_prediction_use_sigmoid pred_obj_scores pred_obj_scores_mlp".split()
-    )
-    flags = dict.fromkeys(flags, True) | {"image_size": 1024, "num_maskmem": 0}
+    sizes = {"stages": stages, "global_att_blocks": global_blocks, "window_spec": windows}
+    hiera = Hiera(width, heads, window_pos_embed_bkg_spatial_size=window_positions, **sizes)
+    widths = [width * n for n in (8, 4, 2, 1)]
+    neck = FpnNeck(nn.Identity(), 256, widths, fpn_interp_model="nearest", fpn_top_down_levels=[2, 3])
+    flags = "use_high_res_features_in_sam iou_prediction_use_sigmoid pred_obj_scores pred_obj_scores_mlp"
+    flags = dict.fromkeys(flags.split(), True) | {"image_size": 1024, "num_maskmem": 0}
     flags["sam_mask_decoder_extra_args"] = {"dynamic_multimask_via_stability": True}
-    held = sam2_base.SAM2Base(image_encoder.ImageEncoder(hiera, neck, scalp=1), None, None, **flags)
-    del held.maskmem_tpos_enc, held.no_mem_pos_enc  # of video
+    held = SAM2Base(ImageEncoder(hiera, neck, scalp=1), None, None, **flags)
+    del held.maskmem_tpos_enc, held.no_mem_pos_enc  # They serve videos.
 
     def encode(image: Tensor) -> list[Tensor]:
         *fine, coarse = held.forward_image(image)["backbone_fpn"]  # strides 4, 8 and 16
@@ -126,7 +122,7 @@ def load_baseline(name: str, path: str | Path | None = None) -> tuple[nn.Module,
             state = torch.load(path, map_location="cpu", weights_only=True)["model"]
             sam.held.load_state_dict({key: state[key] for key in sam.held.state_dict()})
         except Exception as error:  # a wrong file fails in unpickling, in look-up or in shapes
-            raise ValueError(f"{path}: found {str(error)[:300]}, expected {name}: {SAM2_HOME}") from error
+            raise ValueError(f"{path} does not hold {name} ({str(error)[:300]}): {SAM2_HOME}") from error
         return sam.eval(), file_sha256(path)
     model, record = build_model(MaskSAMConfig(baseline.sam, encoder_size=(baseline.side,) * 2), path)
     if baseline.home and record["sha256"] == BACKBONES[baseline.sam].sha256:
@@ -163,13 +159,12 @@ def box_prompts(labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def point_prompts(labels: Tensor, class_ids: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return a point x, y in each class of a slice (H, W), (n, 1, 2), and the label 1 of an object, (n, 1).
 
-    It is the middle of the pixel that lies farthest from the edge of its class and of the slice.
+    It is the middle of the pixel that lies farthest from the edge of its class and of the slice, in pixels of
+    the encoder's picture of `size` (h, w). SAM adds half a pixel.
     """
     inside = [ndimage.distance_transform_edt(F.pad(labels == i, (1, 1, 1, 1)))[1:-1, 1:-1] for i in class_ids]
-    pixels = torch.tensor(
-        [np.unravel_index(depth.argmax(), depth.shape) for depth in inside]
-    )  # rows, columns
-    points = (pixels + 0.5) * torch.tensor(size) / torch.tensor(labels.shape) - 0.5  # SAM adds 0.5.
+    pixels = [np.unravel_index(depth.argmax(), depth.shape) for depth in inside]  # row, column
+    points = (torch.tensor(pixels) + 0.5) * torch.tensor(size) / torch.tensor(labels.shape) - 0.5
     return points.flip(1)[:, None], torch.ones(len(points), 1)
 
 

@@ -65,15 +65,10 @@ def compare_runs(folders: Sequence[str | Path]) -> None:
         cells = ["-" if np.isnan(value) else f"{value:.4f}" for value in values]
         rows.append([*(str(settings.get(key)) for key in keys), f"{millions:.2f}", str(len(group)), *cells])
     table = [[*keys, "trained M", "seeds", "Dice", "lowest", "highest", *classes], *sorted(rows)]
-    print_rows(table, "  ")
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(map(str.rjust, line, widths)))
     print("Dice is the best one during training, without mirroring: its cases chose the epoch too.")
-
-
-def print_rows(rows: Sequence[Sequence[str]], gap: str) -> None:
-    """Print rows of cells, aligned on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print(gap.join(map(str.rjust, row, widths)))
 
 
 def read_method(pattern: str, how: dict) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -122,20 +117,18 @@ def compare_methods(patterns: Sequence[str], names: Sequence[str]) -> None:
             difference = means(scores, common) - means(first, common)
             rows.append((f"{name} - {names[0]}", "", "", len(common), difference))
     header = ["method", "prompts", "folders", "cases", "Dice", "95 % from", "to", *how["first"]["scored"]]
-    table = [header, ["---:"] * len(header)]
+    print("|" + " | ".join(header) + "|", "|" + "---|" * len(header), sep="\n")
     for *facts, values in rows:
         mean, *by_class = values[:-RESAMPLES]
         values = [mean, *np.percentile(values[-RESAMPLES:], (2.5, 97.5)), *by_class]
-        table.append([*map(str, facts), *("-" if np.isnan(value) else f"{value:.4f}" for value in values)])
-    print_rows([["", *row, ""] for row in table], " | ")
+        cells = [*map(str, facts), *("-" if np.isnan(value) else f"{value:.4f}" for value in values)]
+        print("|" + " | ".join(cells) + "|")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="DIR", help="folder that train.py wrote or evaluate.py scored"
-    )
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run, or of scored label maps")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names of methods, one for each DIR")
     return parser.parse_args(argv)
 
