@@ -20,7 +20,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from support.files import write_whole
+from support.files import write_text, write_whole
 from support.metrics import dice_per_class, known_mean
 
 matplotlib.use("Agg")  # write files, open no window
@@ -37,7 +37,7 @@ WALK = (
     "Prompt generator, 2.3, fig. 3b: auxiliary masks $m^{{aux}}$ (S, N, H, W) = {}, and boxes $b^{{aux}}$",
     "Mask decoder, 2.6, fig. 3c: class probabilities (S, N, K+1) = {}, from the class tokens",
     "Mask decoder, 2.6, fig. 3c: final masks (S, N, 4h, 4w) = {}, here at the size of the patch",
-    "Prediction: the sum over queries of class probability x mask probability (K, H, W) = {}",
+    "Semantic map: the sum over queries of class probability x mask probability (K, H, W) = {}",
 )
 
 
@@ -231,7 +231,7 @@ def draw_walk(picture: Picture, guide: str, views, shapes, queries: Sequence[Que
     sizes = [np.sum((truth == i) | (picture.prediction[0] == i)) for i in range(1, len(labels))]
     for axis, i in zip(rows[5], sorted(1 + np.argsort(sizes)[:-4:-1])):  # the three largest classes
         axis.imshow(maps[i].clip(0, 1)[..., None] * matplotlib.colors.to_rgb(colours[i]), **whole)
-        axis.set_title(f"semantic map, {labels[i]}", fontsize=8)
+        axis.set_title(labels[i], fontsize=8)
     for axis, kind in zip(rows[5][3:], ("prediction", "truth")):
         _draw_panel(axis, picture, kind, colours)
     _finish(figure, path, [*zip(labels[1:], colours[1:]), *((name, BOXES[name]) for name in query.boxes)])
@@ -310,3 +310,17 @@ def _finish(figure: plt.Figure, path: str | Path, entries: Sequence[tuple] = ())
         write_whole(Path(path), lambda file: figure.savefig(file, format="png", dpi=130))
     finally:
         plt.close(figure)
+
+
+def write_label_names(folder: Path, labels: Sequence[str]) -> None:
+    """Write names and colours of the classes for ITK-SNAP (labels.txt), 3D Slicer (.ctbl) and others (.json)."""
+    snap, slicer, plain = [], [], {}
+    for class_id, (name, colour) in enumerate(zip(labels, _colours(labels))):
+        red, green, blue = (round(255 * part) for part in matplotlib.colors.to_rgb(colour))
+        shown = int(class_id > 0)  # opacity, visibility, and visibility of the mesh
+        snap.append(f'{class_id} {red} {green} {blue} {shown} {shown} {shown} "{name}"')
+        slicer.append(f"{class_id} {name.replace(' ', '_')} {red} {green} {blue} {255 * shown}")
+        plain[name] = {"id": class_id, "colour": [red, green, blue]}
+    write_text(folder / "labels.txt", "\n".join([*snap, ""]))
+    write_text(folder / "labels.ctbl", "\n".join(["# Color table file", *slicer, ""]))
+    write_text(folder / "labels.json", json.dumps(plain, indent=1))

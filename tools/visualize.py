@@ -182,7 +182,8 @@ def walk(args: argparse.Namespace) -> None:
     for name, feature in zip(("tap 1", "tap 2", "tap 3", "tap 4", "neck"), (*taps, neck)):
         views.append((f"{name} {tuple(feature.shape)}", pictures.colour_map(feature[index].numpy())))
     names = ("aux_mask_logits", "class_logits", "mask_logits")
-    parts = volume, neck, *(outputs.get(name, neck[:0]) for name in names), maps
+    shapes = [tuple(outputs[name].shape) if name in outputs else "none" for name in names]
+    shapes = [tuple(volume.shape), tuple(neck.shape), *shapes, maps.shape]
     count, (h, w), n = sum(query.class_id == len(labels) for query in found), config.grid, config.num_queries
     guide = f"""{picture.name}, slice {index + 1} of the {config.patch_size[0]} in its patch
 S = B D slices, N = {n} queries, K = {len(labels)} classes, h x w = {h} x {w} tokens
@@ -192,9 +193,7 @@ Dashed: the learned box, and the box of the auxiliary mask
 Solid: the box prompt, as in fig. 5{model.prompt_generator.form}
 Queries: the most probable objects first; {count} of {n} are no object here"""
     picture = picture._replace(prediction=maps.argmax(0)[None])
-    pictures.draw_walk(
-        picture, guide, views, [tuple(p.shape) for p in parts], found, maps, labels, args.output
-    )
+    pictures.draw_walk(picture, guide, views, shapes, found, maps, labels, args.output)
 
 
 # The commands, and the options that each of them needs.
