@@ -117,12 +117,12 @@ def compare_methods(patterns: Sequence[str], names: Sequence[str]) -> None:
             difference = means(scores, common) - means(first, common)
             rows.append((f"{name} - {names[0]}", "", "", len(common), difference))
     header = ["method", "prompts", "folders", "cases", "Dice", "95 % from", "to", *how["first"]["scored"]]
-    print("|" + " | ".join(header) + "|", "|" + "---|" * len(header), sep="\n")
+    print("| " + " | ".join(header) + " |", "|" + "---|" * len(header), sep="\n")
     for *facts, values in rows:
         mean, *by_class = values[:-RESAMPLES]
         values = [mean, *np.percentile(values[-RESAMPLES:], (2.5, 97.5)), *by_class]
         cells = [*map(str, facts), *("-" if np.isnan(value) else f"{value:.4f}" for value in values)]
-        print("|" + " | ".join(cells) + "|")
+        print("| " + " | ".join(cells) + " |")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
