@@ -40,12 +40,7 @@ class VanillaAdapter(nn.Module):
         return self.up(F.gelu(self.down(x)))
 
     def forward(self, x: Tensor, rows_per_slice: int = 1) -> Tensor:
-        """Adapt tokens. (B*D*n, ..., C) -> the same shape.
-
-        Args:
-            x: the tokens; `DepthConvAdapter` needs them as (B*D*n, h, w, C).
-            rows_per_slice: n, the number of rows that one slice has.
-        """
+        """Adapt tokens (B*D*n, ..., C) with n rows per slice; the convolution needs (B*D*n, h, w, C)."""
         adapted = self.bottleneck(x, rows_per_slice)
         return x + adapted if self.skip else adapted
 

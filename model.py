@@ -118,7 +118,7 @@ class MaskSAM(nn.Module):
             given = GivenBoxes.from_label_map(slices[:, -1], config.num_classes, config.num_queries)
             slices = slices[:, :-1]
         neck, taps = self.encode(self.stem(slices))
-        aux = self.prompt_generator(neck, taps, self.recompute)
+        aux = self.prompt_generator(neck, taps, self.gradient_checkpointing)
         sparse, dense, image_pe = self.encode_prompts(aux, given)
         class_tokens = self.class_tokens + aux.pop("class_tokens")  # (S, N, width): global + auxiliary (2.6)
         class_logits, mask_logits = self.decode(neck, image_pe, sparse, dense, class_tokens)
@@ -126,23 +126,18 @@ class MaskSAM(nn.Module):
             class_logits, aux["asked"] = given.restrict(class_logits), given.asked
         return {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
 
-    @property
-    def recompute(self) -> bool:
-        """Whether backward computes encoder blocks and the generator's last level again, to save memory."""
-        return self.gradient_checkpointing and torch.is_grad_enabled()
-
     def needs_checkpointing(self, patches: int, amp: str, memory: float) -> bool:
         """Whether the encoder's blocks would keep more than a sixth of a memory in bytes for backward (Ours).
 
         Counted for ViT-B: a block keeps 42 bytes per token and channel under autocast, 74 in float32.
         """
-        h, w = self.config.grid
-        tokens = patches * self.config.patch_size[0] * h * w
+        tokens = patches * self.config.patch_size[0] * self.config.grid[0] * self.config.grid[1]
         return (74 if amp == "off" else 42) * tokens * sum(self.encoder.block_dims) > memory / 6
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode (S, 3, *encoder_size): the neck (S, width, h, w) and four taps, shallow first (fig. 3a)."""
-        return self.encoder(image, self.encoder_depth_embed, self.encoder_adapters, self.recompute)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self.encoder(image, self.encoder_depth_embed, self.encoder_adapters, recompute)
 
     def encode_prompts(self, aux: dict[str, Tensor], given: GivenBoxes | None = None) -> tuple[Tensor, ...]:
         """Encode the boxes and masks of the prompt generator, or given boxes, by SAM's own prompt encoder."""

@@ -16,6 +16,7 @@ the boxes of a label map; they replace generated ones ("MaskSAM (Ours) bbox" in 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -161,9 +162,9 @@ class PromptGenerator(nn.Module):
         """
         features = [self.neck(neck)]  # (S, neck_dim, h, w)
         for level, tap in zip(self.levels, reversed(taps)):
-            call, again = (level, features[-1], tap), recompute and level is self.levels[-1]
-            # (S, dim, *size), at last of the patch's size
-            features.append(checkpoint(*call, use_reentrant=False) if again else call[0](*call[1:]))
+            again = recompute and level is self.levels[-1] and torch.is_grad_enabled()
+            call = partial(checkpoint, level, use_reentrant=False) if again else level
+            features.append(call(features[-1], tap))  # (S, dim, *size), at last of the patch's size
 
         def pooled(side: int) -> Tensor:  # (S, side * side * sum(dims)), the averages of all levels
             return torch.cat([F.adaptive_avg_pool2d(feature, side).flatten(1) for feature in features], dim=1)

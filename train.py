@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,14 +75,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
     add("--lr", type=float, help="learning rate of the first step")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
-    again = "recompute to save memory (default: if it is short)"
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help=again)
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
     add("--compile", action="store_true", help="compile the network: slow to start, faster steps on a GPU")
     add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
     add("--val-every", type=int, help="epochs between validations (default: a tenth of all, at least 2)")
-    share = "(default: what a tenth of the training's time allows)"
-    add("--val-cases", type=int, help=f"validation cases while training {share}")
-    add("--val-overlap", type=float, help=f"overlap of their windows {share}")
+    add("--val-cases", type=int, help="validation cases while training (default: for a tenth of its time)")
+    add("--val-overlap", type=float, help="overlap of their windows (default: for a tenth of its time)")
     add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
     add("--resume", action="store_true", help="continue from last.pt of this run, if there is one")
     add("--init", metavar="FILE", help="checkpoint whose tensors are loaded first, if they fit")
@@ -93,8 +90,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes) -> None:
     """Fill in, in place, the values that the command line left open. ValueError: one is impossible.
 
-    The processes share a batch, so that any number of them makes the same run. Ours: where they cannot share
-    the batch of the preset evenly, it grows.
+    Ours: processes share a batch, so that their number changes nothing. A preset's batch grows if it must.
     """
     args.sam, given = args.sam or preset.sam, args.batch_size
     args.device = args.device or files.default_device()
@@ -203,20 +199,12 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
 
 
-class Validation(NamedTuple):
-    """The cases of a validation, the overlap of their windows, and the axes of mirrored predictions."""
-
-    cases: tuple[layouts.Case, ...]
-    overlap: float
-    flips: tuple[int, ...] = ()
-
-
-def plan_validation(run: Run, patches: int, number=None, overlap=None, flips=()) -> Validation:
+def plan_validation(run: Run, patches: int, number=None, overlap=None, flips=()) -> tuple:
     """Choose a validation that costs at most a tenth of the training on this many patches.
 
     Ours: a patch costs about three predictions, a forward pass and a backward pass of two. If the whole costs
-    more, mirroring is left out first, then windows overlap less, and then cases are left out, evenly. A given
-    number of cases and a given overlap stay.
+    more, mirroring is left out first, then windows overlap less, and then cases are left out, evenly.
+    Returns: the cases, the overlap of windows, the axes of mirrored predictions.
     """
     cases, patch, budget = run.source.splits["val"], run.args.patch_size, 0.1 * 3 * patches
     shapes = data.cached_shapes(cases, run.plan, run.cache)
@@ -227,7 +215,7 @@ def plan_validation(run: Run, patches: int, number=None, overlap=None, flips=())
         if windows <= budget:
             break
     number = min(number or max(1, int(len(cases) * min(1, budget / windows))), len(cases))
-    return Validation(tuple(cases[i * len(cases) // number] for i in range(number)), overlap, flips)
+    return tuple(cases[i * len(cases) // number] for i in range(number)), overlap, flips
 
 
 def open_data(args: argparse.Namespace, group: processes.Processes) -> tuple:
@@ -256,8 +244,7 @@ def check_queries(cases: Sequence[layouts.Case], plan: data.Plan, cache: Path, n
         for number, part in enumerate(data.load_cached(case, plan, cache).label):
             # Background may come in at the border of a patch.
             if len(found := np.union1d(part, 0)) > num_queries:
-                names = ", ".join(plan.task.labels[i] for i in found)
-                found = f"found {len(found)} classes in slice {number} ({names})"
+                found = f"found {len(found)} classes in slice {number}"
                 raise ValueError(f"{case.name}: {found}, expected at most {num_queries}: raise --queries")
 
 
@@ -318,7 +305,7 @@ def train(args: argparse.Namespace, group: processes.Processes) -> dict:
             entry |= {"seconds": run.elapsed, "val_dice": None}
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(run)  # After a signal only the validation is repeated.
-                results = validate(run, run.validation)
+                results = validate(run, *run.validation)
                 per_class = {label: values["dice"] for label, values in results["per_class"].items()}
                 # Cases without any object have no Dice; with 0 there is a best checkpoint all the same.
                 entry |= {"val_dice": results["mean"]["dice"] or 0.0, "val_dice_per_class": per_class}
@@ -328,7 +315,7 @@ def train(args: argparse.Namespace, group: processes.Processes) -> dict:
         content = group.from_first(lambda: read_checkpoint(best))
         model.load_trained_state(run.model, content["state"], best)
         if not run.shown or content["epoch"] < args.epochs or run.validation != run.last_validation:
-            results = validate(run, run.last_validation)
+            results = validate(run, *run.last_validation)
     if run.rank == 0:
         metrics.print_table(results | {"prompts": args.prompts})
         draw(run)
@@ -417,17 +404,15 @@ def stop(run: Run) -> None:
     raise SystemExit(128 + numbers[0])
 
 
-def validate(run: Run, how: Validation) -> dict:
+def validate(run: Run, cases: Sequence[layouts.Case], overlap: float, flips: Sequence[int]) -> dict:
     """Return `metrics.summarize` of validation cases, and keep three label maps from all over the list."""
-    scores, task = {}, run.plan.task
-    shown = how.cases[:: max(1, len(how.cases) // 3)][:3]
-    options = {"overlap": how.overlap, "batch_size": run.share}
+    scores, task, shown = {}, run.plan.task, cases[:: max(1, len(cases) // 3)][:3]
+    options = {"mirror_axes": flips, "overlap": overlap, "batch_size": run.share}
     run.model.eval()
     run.shown = {}
-    for case in tqdm(how.cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
+    for case in tqdm(cases[run.rank :: run.world], "validation", leave=False, disable=run.rank > 0):
         prepared = data.load_cached(case, run.plan, run.cache)
-        where = run.device, run.args.amp, how.flips
-        label_map = evaluate.predict_case([run.model], [prepared], *where, **options)
+        label_map = evaluate.predict_case([run.model], [prepared], run.device, run.args.amp, **options)
         truth, _ = nifti.read_label(case.label, len(task.labels), prepared.geometry)
         scores[case.name] = {"dice": metrics.dice_per_class(label_map, truth, len(task.labels))}
         run.shown |= {case.name: label_map} if case in shown else {}
@@ -437,23 +422,23 @@ def validate(run: Run, how: Validation) -> dict:
     if any(number for *_, number in parts):
         stop(run)
     scores, run.shown = ({k: v for part in parts for k, v in part[i].items()} for i in (0, 1))
-    return metrics.summarize({case.name: scores[case.name] for case in how.cases}, task.labels, task.scored)
+    return metrics.summarize({case.name: scores[case.name] for case in cases}, task.labels, task.scored)
 
 
 def begin_log(run: Run) -> None:
     """Print a run's settings in five lines, write all to config.json, and keep the log of the epochs done."""
-    args, config, splits = run.args, run.model.config, run.source.splits
+    args, config, splits, (cases, overlap, _) = run.args, run.model.config, run.source.splits, run.validation
     counts = model.count_parameters(run.model)
     counts["total"] = trained, frozen = tuple(map(sum, zip(*counts.values())))  # table 5
     patch, encoder = (" x ".join(map(str, size)) for size in (config.patch_size, config.encoder_size))
     print(
         f"data      {run.source.name} in {run.source.root}, {config.num_classes} classes, "
-        f"{len(splits['train'])} training cases, {len(run.validation.cases)} of {len(splits['val'])} "
-        f"validation cases (overlap {run.validation.overlap:g}) every {args.val_every} epochs\n"
+        f"{len(splits['train'])} training cases, {len(cases)} of {len(splits['val'])} "
+        f"validation cases (overlap {overlap:g}) every {args.val_every} epochs\n"
         f"model     {config.sam}, {config.variant}, {trained:,} trained and {frozen:,} frozen parameters\n"
         f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries\n"
-        f"schedule  {args.epochs} x {args.iterations} steps of {args.accumulate} x {args.batch_size} patches, "
-        f"{run.world} x {run.device}, amp {args.amp}, rate {args.lr:g}\n"
+        f"schedule  {args.epochs} x {args.iterations} steps of {args.accumulate} x {args.batch_size} patches "
+        f"on {run.world} x {run.device}, amp {args.amp}, rate {args.lr:g}\n"
         f"output    {run.folder}, where config.json has all settings"
     )
     content = {"model": dataclasses.asdict(config), "plan": run.plan.as_dict(), "sam": run.sam}

@@ -117,12 +117,11 @@ def test_a_step_of_the_acdc_preset_fits_into_ten_gib():
 def test_a_phantom_run_resumes_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     phantom.write_phantom("phantom", 4)
-    line = (
-        "--root phantom --device cuda --iterations 2 --epochs 2 --val-every 1 --patch 4 128 128 --workers 0"
-    )
-    train.main([*line.split(), "--encoder", "128", "128"])
+    line = "--root phantom --device cuda --iterations 2 --epochs 2 --val-every 1 --workers 0".split()
+    line += "--patch 4 128 128 --encoder 128 128".split()
+    train.main(line)
     assert next((tmp_path / "runs").iterdir()).joinpath("best.pt").exists()
-    train.main([*line.split(), "--encoder", "128", "128", "--resume"])
+    train.main([*line, "--resume"])
 
 
 def test_nccl_with_one_process_takes_a_step():

@@ -71,11 +71,8 @@ def test_a_run_leaves_what_the_header_lists(whole):
     assert all(name in train.__doc__ for name in names)
     terms = "class no_object mask_bce mask_dice aux_mask_bce aux_mask_dice box_l1 box_giou".split()
     assert {*(f"loss_{term}" for term in terms), "grad_norm", "lr", "seconds", "gib"} <= log[0].keys()
-    assert (
-        log[0]["val_dice"] is None
-        and log[0]["skipped"] == 0
-        and all(0 <= log[i]["val_dice"] <= 1 for i in (1, 2))
-    )
+    assert log[0]["val_dice"] is None and log[0]["skipped"] == 0
+    assert all(0 <= log[i]["val_dice"] <= 1 for i in (1, 2))
     config = json.loads((folder / "config.json").read_text())
     assert config["model"]["encoder_size"] == [32, 32] and config["schedule"]["clip"] == 12  # of the preset
     assert last["sam"] == {"name": "tiny", "sha256": None} and last["epoch"] == 3
@@ -134,7 +131,7 @@ def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
         (["--workers", "-1"], "--workers: found -1, expected 0 or more"),
         (
             ["--name", "few", "--queries", "3"],
-            "found 4 classes in slice . .background, RV, Myo, LV., expected",
+            "found 4 classes in slice ., expected at most 3",
         ),
         (["--name", "none", "--init", "gone.pt"], "gone.pt: found no such file"),
         (["--name", "none", "--sam", "vit_b", "--sam-checkpoint", "gone.pth"], "gone.pth: no such file"),
@@ -164,19 +161,14 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_many_end_the_run(roo
     assert (entry["skipped"], alone["skipped"]) == (1, 0) and np.isfinite(entry["loss"])
     assert entry["loss"] != alone["loss"] and all(v.isfinite().all() for v in last["state"].values())
     poisoned, calls[:] = range(20), []
-    with pytest.raises(
-        SystemExit, match="step 10: found numbers that are not finite in grad_norm for 10 steps"
-    ):
+    with pytest.raises(SystemExit, match="step 10: found numbers .* not finite in grad_norm for 10 steps"):
         run(root, "many", "--epochs", "2", "--iterations", "9")
     log = [json.loads(line) for line in Path("runs/phantom-many/log.jsonl").read_text().splitlines()]
     assert [entry["skipped"] for entry in log] == [9] and np.isnan(log[0]["loss"])
 
 
 def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
-    best, sizes = (
-        whole[0] / "runs/phantom-whole/best.pt",
-        ["--patch", "1", "16", "16", "--encoder", "48", "48"],
-    )
+    best, sizes = whole[0] / "runs/phantom-whole/best.pt", "--patch 1 16 16 --encoder 48 48".split()
     more = [*SHORT, *sizes, "--queries", "6", "--init", str(best), "--lr", "1e-30"]  # so that nothing moves
     _, last = run(root, "init", *more)
     old, new = torch.load(best, weights_only=True)["state"], last["state"]
@@ -198,16 +190,12 @@ def test_a_validation_costs_at_most_a_tenth_of_the_training(root, quick):
     args = train.parse_arguments(["--root", str(root), *SMALL, *SHORT, "--patch", "2", "16", "16"])
     planned = train.Run(args, train.processes.Processes())
     names = [case.name for case in planned.source.splits["val"]]
-    for patches, expected in (
-        (240, (2, 0.5, (1, 2))),
-        (239, (2, 0.5, ())),
-        (59, (2, 0.0, ())),
-        (20, (1, 0.0, ())),
-    ):
+    table = {240: (2, 0.5, (1, 2)), 239: (2, 0.5, ()), 59: (2, 0.0, ()), 20: (1, 0.0, ())}
+    for patches, expected in table.items():
         found = train.plan_validation(planned, patches, None, None, (1, 2))
-        assert (len(found.cases), *found[1:]) == expected, patches
-    chosen = train.plan_validation(planned, 1, 2, 0.5)
-    assert [case.name for case in chosen.cases] == names and chosen.overlap == 0.5  # as the user says
+        assert (len(found[0]), *found[1:]) == expected, patches
+    cases, overlap, _ = train.plan_validation(planned, 1, 2, 0.5)
+    assert [case.name for case in cases] == names and overlap == 0.5  # as the user says
 
 
 def test_the_validation_dice_is_the_mean_over_the_scored_classes(root, quick, monkeypatch):
@@ -246,20 +234,13 @@ def test_two_processes_equal_one_with_the_default_settings(root, quick, monkeypa
 
 
 @pytest.mark.parametrize("world, batch, expected", [(2, 0, 2), (3, 0, 3), (8, 0, 8), (4, 8, 8), (1, 3, 3)])
-def test_processes_share_a_batch_and_the_presets_grows_to_one_patch_each(world, batch, expected, capsys):
-    given = ["--batch", str(batch)] if batch else []
-    args = train.parse_arguments(["--data", "acdc", "--epochs", "1", "--iterations", "2", *given])
-    train.resolve(args, PRESETS["acdc"], train.processes.Processes(world=world))
+def test_processes_share_a_batch_and_that_of_a_preset_grows_to_a_patch_each(world, batch, expected, capsys):
+    args, group = train.parse_arguments(["--batch", str(batch)] * (batch > 0)), train.processes.Processes
+    train.resolve(args, PRESETS["acdc"], group(world=world))
     assert args.batch_size == expected
     assert ("raised to" in capsys.readouterr().out) == (not batch and expected > 2)
-    shares = [train.patch_indices(0, args, rank, world) for rank in range(world)]
-    assert sorted(sum(shares, [])) == list(range(2 * expected)) and len({*map(len, shares)}) == 1
-    args.batch_size = 3 * world + 1
-    if world > 1:
-        with pytest.raises(
-            ValueError, match=f"--batch: found .*, expected a multiple of the {world} processes"
-        ):
-            train.resolve(args, PRESETS["acdc"], train.processes.Processes(world=world))
+    with pytest.raises(ValueError, match="--batch: found .*, expected a multiple of the 7 processes"):
+        train.resolve(args, PRESETS["acdc"], group(world=7))
 
 
 def test_patches_and_rate_are_pure_functions_of_the_step():

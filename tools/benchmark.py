@@ -50,25 +50,26 @@ SIZES = ("patch_size", "encoder_size", "num_queries", "batch_size")
 TITLES = ("batch", "ms/step", "TFLOP/step", "% of peak", "GiB", "patches/s", "hours", "on 8 cards", "s/case")
 
 
-def clock(device: torch.device) -> float:
-    """Return the seconds by the clock, or those of the CPU, as other processes disturb the clock there."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def measure(run: Callable, device: torch.device, repeat: int) -> tuple[float, float, float]:
-    """Return the TFLOP of a run, the median seconds of `repeat` runs, and the peak of the memory in GiB."""
+    """Return the TFLOP of a run, the median seconds of `repeat` runs, and the peak of the memory in GiB.
+
+    On a CPU they are CPU seconds, because other processes disturb the clock.
+    """
+    on_gpu, times = device.type == "cuda", []
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() if on_gpu else time.process_time()
+
     with FlopCounterMode(display=False) as counter:
         run()  # this warms up too
-    times = []
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(repeat):
-        began = clock(device)
+        began = now()
         run()
-        times.append(clock(device) - began)
+        times.append(now() - began)
     return counter.get_total_flops() / 1e12, statistics.median(times), peak_memory(device) / 2**30
 
 
@@ -77,7 +78,7 @@ def choose(args: argparse.Namespace, data: str, sam: str) -> tuple[Preset, MaskS
     given = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     preset = dataclasses.replace(recipe(PRESETS[data], sam, args.device), **given)
     sizes = {name: getattr(preset, name) for name in SIZES[:3]}
-    return preset, MaskSAMConfig(sam, args.variant, num_classes=len(preset.task.labels), **sizes)
+    return preset, MaskSAMConfig(sam, num_classes=len(preset.task.labels), **sizes)
 
 
 class Bench:
@@ -91,8 +92,7 @@ class Bench:
         self.model, self.criterion = MaskSAM(config).to(self.device), SetCriterion()
         store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
         how = preset.batch_size, args.amp, files.total_memory(self.device)
-        chosen = self.model.needs_checkpointing(*how) if args.checkpointing is None else args.checkpointing
-        self.model.gradient_checkpointing = chosen
+        self.model.gradient_checkpointing = self.model.needs_checkpointing(*how)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # the weights stay as they are
         self.make_batch(preset.batch_size)
@@ -176,7 +176,7 @@ def count(args: argparse.Namespace) -> dict[str, dict[str, int]]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; None stands for the value of the preset."""
     parser = files.make_parser(__doc__, "device", device=files.default_device())
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     add("--data", nargs="+", choices=PRESETS, help="presets (default: phantom; on a GPU the others)")
     add(
         "--sam",
@@ -184,13 +184,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=BACKBONES,
         help="backbones (default: the preset's; on a GPU the light ones too)",
     )
-    add("--variant", choices=VARIANTS, default="b9", help="row of table 4 (default: %(default)s)")
     add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size", help="patch in voxels")
     add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="input size of SAM")
     add("--queries", type=int, dest="num_queries", help="number of queries N")
     add("--batch", type=int, dest="batch_size", help="number of patches")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: as in train.py)")
-    add("--checkpointing", action=switch, help="compute encoder blocks again (default: as in train.py)")
     add("--repeat", type=int, default=3, help="number of runs (default: %(default)s)")
     add("--parameters", action="store_true", help="count parameters by component, instead of measuring")
     add("--json", help="file to write")
