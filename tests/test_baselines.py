@@ -77,12 +77,11 @@ def test_a_point_is_the_deepest_pixel_of_its_class_and_the_best_of_three_masks_c
     labels[0, 10:15, 20:25], labels[0, 30:33, 40:43], labels[0, :3, :3] = 1, 1, 3  # two parts; in the corner
     masks = torch.full((2, 3, 256, 256), -1.0)  # of class 1 the first covers all, of 3 the second a quarter
     masks[0, 0], masks[1, 1, :64] = 1, 1
+    scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.8, 0.1]])
     sam.prompt_encoder = Mock(
         side_effect=lambda points, boxes, masks: seen.extend([*points, boxes]) or (0, 0)
     )
-    sam.mask_decoder = lambda *inputs: (
-        inputs[-1] and (masks, torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.8, 0.1]]))
-    )
+    sam.mask_decoder = lambda features, positions, sparse, dense, several: several and (masks, scores)
     found = baselines.predict_case(sam, BASELINES[name], 0.0 * labels, labels, kind="point")
     points, marks, boxes = seen
     expected = (torch.tensor([[22.0, 12.0], [1.0, 1.0]]) + 0.5) * torch.tensor([16.0, rows / 48]) - 0.5
@@ -92,32 +91,34 @@ def test_a_point_is_the_deepest_pixel_of_its_class_and_the_best_of_three_masks_c
 
 
 @pytest.mark.skipif(find_spec("sam2") is None, reason="needs pip install --no-deps rf-sam-2")
-def test_sam_2_gives_the_logits_of_its_packages_predictor(monkeypatch):
-    seen, sam = [], baselines.build_sam2(16, 1, (1, 1, 2, 1), (3,), (8, 4, 14, 7), (7, 7)).eval()
-    stubs = {"ToTensor": lambda: lambda picture: torch.from_numpy(picture).permute(2, 0, 1) / 255}
-    stubs |= {
-        "Resize": lambda size: nn.Identity(),
-        "Normalize": lambda *pair: seen.extend(pair) or nn.Identity(),
-    }
+def test_sam_2_gives_the_logits_of_its_packages_predictor_with_the_rule_of_its_builder(monkeypatch, tmp_path):
+    monkeypatch.setitem(baselines.HIERA, "sam2_tiny", (16, 1, (1, 1, 2, 1), (3,), (8, 4, 14, 7), (7, 7)))
+    held, seen, tensor = baselines.build_sam2(*baselines.HIERA["sam2_tiny"]).held, [], torch.from_numpy
+    for parameter in held.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.save({"model": held.state_dict() | {"memory": torch.ones(1)}}, tmp_path / "sam2.pt")
+    sam, _ = baselines.load_baseline("sam2_tiny", tmp_path / "sam2.pt")
+    stubs = {"ToTensor": lambda: lambda picture: tensor(picture).permute(2, 0, 1) / 255}
+    stubs |= {"Resize": nn.Identity, "Normalize": lambda *pair: seen.extend(pair) or nn.Identity()}
     monkeypatch.setitem(sys.modules, "torchvision.transforms", SimpleNamespace(**stubs))
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-    for parameter in sam.held.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    predictor = SAM2ImagePredictor(sam.held, disable_torch_jit=True)
-    labels = np.zeros((1, 1024, 1024), np.uint8)
+    predictor = SAM2ImagePredictor(held.eval(), disable_torch_jit=True)
     assert np.allclose(seen, [sam.pixel_mean.flatten() / 255, sam.pixel_std.flatten() / 255])
-    sam.held.directly_add_no_mem_embed = True  # the predictor adds it, and for us `build_sam2`
     sam.pixel_mean, sam.pixel_std = torch.zeros(1), torch.full((1,), 255.0)
+    assert held.sam_mask_decoder.dynamic_multimask_via_stability
+    predictor.model.directly_add_no_mem_embed = True  # as in its configuration; `build_sam2` always does
+    labels, inner = np.zeros((1, 1024, 1024), np.uint8), sam.postprocess_masks
     labels[0, 300:500, 200:700], labels[0, 600:650, 100:140] = 1, 2
     picture = np.random.default_rng(0).integers(0, 256, labels.shape).astype(np.uint8)
     predictor.set_image(picture[0, :, :, None].repeat(3, 2))
-    inner = sam.postprocess_masks
     sam.postprocess_masks = lambda *inputs: seen.append(inner(*inputs)) or seen[-1]
-    ids, boxes = baselines.box_prompts(torch.from_numpy(labels[0]), (1024, 1024))
-    points, marks = baselines.point_prompts(torch.from_numpy(labels[0]), ids, (1024, 1024))
-    prompts = {"box": {"box": boxes}, "point": {"point_coords": points, "point_labels": marks}}
-    for kind, prompt in prompts.items():
+    ids, boxes = baselines.box_prompts(tensor(labels[0]), (1024, 1024))
+    points, marks = baselines.point_prompts(tensor(labels[0]), ids, (1024, 1024))
+    for kind, prompt in {
+        "box": {"box": boxes},
+        "point": {"point_coords": points, "point_labels": marks},
+    }.items():
         baselines.predict_case(sam, BASELINES["sam2_tiny"], picture.astype(np.float32), labels, kind=kind)
         logits, _, _ = predictor.predict(multimask_output=kind == "point", return_logits=True, **prompt)
         assert np.abs(logits - seen[-1].numpy()).max() < 1e-3 * logits.std() and len(seen[-1]) == 2
@@ -173,6 +174,10 @@ def test_a_stopped_prediction_goes_on_and_nothing_passes_for_automatic(run, monk
     monkeypatch.setitem(BASELINES, "other", BASELINES["small"])
     run(f"other --prompts gt --output {folder}")  # other settings predict anew
     assert len(calls) == 2 * len(results["per_case"]) + 1
+    results, folder = run("small --prompts gt --prompt-kind point"), "predictions-small-points-gt-val"
+    evaluate.main(["--predictions", f"runs/phantom/{folder}", "--data", "phantom"])
+    assert capsys.readouterr().out.count("was given the points of the truth.") == 2
+    assert Path("runs/phantom", folder, "metrics-points-gt.json").exists()
 
 
 def test_boxes_of_another_program_are_used_and_no_truth_is_opened_before_scoring(run, monkeypatch, capsys):
@@ -197,10 +202,7 @@ def test_boxes_of_another_program_are_used_and_no_truth_is_opened_before_scoring
 def test_wrong_arguments_are_one_message(run, monkeypatch, capsys):
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     for line, message in (
-        (
-            "sam2_tiny --prompts gt --sam-checkpoint x",
-            "no package sam2, expected it: pip install --no-deps rf",
-        ),
+        ("sam2_tiny --prompts gt --sam-checkpoint x", "no package sam2, expected it: pip install --no-deps"),
         ("sam2_tiny --prompts gt", "needs --sam-checkpoint FILE: sam2_hiera_*.pt or"),
         ("sam --prompts auto", "--prompts: found auto, expected gt or DIR"),
         ("sam --prompts b --output b/", "--prompts: found the folder of --output, expected another"),
