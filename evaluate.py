@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -292,20 +291,18 @@ class Predictor:
         paths: checkpoints of train.py. Several are averaged. sam_checkpoint: SAM's file, if SAM is frozen.
         device, amp: cpu or cuda, and a key of `files.AMP_TYPES` (default: what the hardware has).
         mirror: average mirrored predictions. largest: class names, as for `class_ids`.
-        overlap, batch_size: options of `sliding_window_inference`.
+        windows: options of `sliding_window_inference`.
     Raises: ValueError or OSError if a file cannot be read, or if the models have other classes or channels.
     """
 
     def __init__(
-        self, *paths, sam_checkpoint=None, device=None, amp=None, mirror=True, largest=None, overlap=0.5, batch_size=1
+        self, *paths, sam_checkpoint=None, device=None, amp=None, mirror=True, largest=None, **windows
     ):
-        self.paths, self.device = paths, device or files.default_device()
-        self.batch_size = batch_size
         models, self.contents = zip(*(load_checkpoint(path, sam_checkpoint) for path in paths))
         self.plans = [data.Plan.from_dict(content["plan"]) for content in self.contents]
-        self.task = self.plans[0].task
+        self.task, self.device = self.plans[0].task, device or files.default_device()
         check_tasks({path: plan.task for path, plan in zip(paths, self.plans)})
-        self.settings = {"amp": amp or files.default_amp(self.device), "overlap": overlap}
+        self.settings = {"amp": amp or files.default_amp(self.device), "overlap": 0.5} | windows
         self.settings["mirror_axes"] = list(self.task.flip_axes) if mirror else []
         self.settings["largest"] = class_ids(largest, self.task.labels)
         self.models = [model.to(self.device) for model in models]
@@ -324,18 +321,19 @@ class Predictor:
             made = (data.prepare_image(channels.astype(np.float32), place, plan) for plan in self.plans)
             prepared = [data.Prepared(array, None, place) for array in made]
         else:
-            images = (str(image),) if isinstance(image, (str, Path)) else tuple(map(str, image))
-            case = image if isinstance(image, layouts.Case) else layouts.Case("image", images)
-            prepared = [data.prepare_case(dataclasses.replace(case, label=None), plan) for plan in self.plans]
-        settings = dict(self.settings)
-        largest = settings.pop("largest")
-        how = {"device": self.device, "batch_size": self.batch_size, "desc": desc}
-        label, kept = [], []
-        for scores in predict_scores(self.models, prepared, **how, **settings):
-            label.append(scores.argmax(0).to(torch.uint8).cpu())
-            kept += [scores.cpu()] if with_scores else []
-        label = keep_largest_component(torch.cat(label).numpy(), largest)
-        return Prediction(label, prepared[0].geometry, torch.cat(kept, 1).numpy() if kept else None)
+            if not isinstance(image, layouts.Case):
+                paths = [image] if isinstance(image, (str, Path)) else image
+                image = layouts.Case("image", tuple(map(str, paths)), None)
+            image = dataclasses.replace(image, label=None)
+            prepared = [data.prepare_case(image, plan) for plan in self.plans]
+        how = {"device": self.device, "desc": desc} | self.settings
+        if not with_scores:
+            return Prediction(predict_case(self.models, prepared, **how), prepared[0].geometry, None)
+        largest = how.pop("largest")
+        slabs = predict_scores(self.models, prepared, **how)
+        scores = torch.cat([scores.cpu() for scores in slabs], dim=1).numpy()
+        label = keep_largest_component(scores.argmax(0).astype(np.uint8), largest)
+        return Prediction(label, prepared[0].geometry, scores)
 
 
 def predict(args: argparse.Namespace) -> dict | None:
@@ -354,9 +352,10 @@ def predict(args: argparse.Namespace) -> dict | None:
             raise ValueError(f"--prompts: found {args.prompts}, expected {expected}, as {path} was trained")
     cases = layouts.with_box_source(cases, args.prompts)
     sums = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.ckpt]
+    settings = {key: value for key, value in predictor.settings.items() if key != "batch_size"}
 
     def description(case: layouts.Case) -> str:
-        key = data.file_key([sums, predictor.settings], (*case.images, case.box_source))
+        key = data.file_key([sums, settings], (*case.images, case.box_source))
         return f"MaskSAM{describe_box_source(args.prompts)} {key}"
 
     def predict_one(case: layouts.Case) -> tuple[np.ndarray, nifti.Geometry]:
@@ -372,8 +371,10 @@ def predict(args: argparse.Namespace) -> dict | None:
         for case, path in zip(cases, paths):
             print(f"{' '.join(case.images)} -> {path}")
         return None
+    from support import pictures  # takes seconds to import
+
     predict_files(cases, paths, task, description, predict_one, args.workers, predictor.plans[0])
-    write_label_names(output, task.labels)
+    pictures.write_label_names(output, task.labels)
     if args.submission:
 
         def zip_files(file) -> None:
@@ -384,23 +385,8 @@ def predict(args: argparse.Namespace) -> dict | None:
         files.write_whole(output / "submission.zip", zip_files)
         print(f"{output / 'submission.zip'}: {len(paths)} files")
     epochs = [content["epoch"] for content in contents]
-    made_with = {"checkpoint": args.ckpt, "epoch": epochs, "prompts": args.prompts} | predictor.settings
+    made_with = {"checkpoint": args.ckpt, "epoch": epochs, "prompts": args.prompts} | settings
     return report(cases, paths, source, args, made_with, layouts.box_source_suffix(args.prompts))
-
-
-def write_label_names(folder: Path, labels: Sequence[str]) -> None:
-    """Write the classes and their colours for ITK-SNAP (labels.txt), 3D Slicer (.ctbl) and programs (.json)."""
-    snap, slicer, plain = [], ["# Color table file"], {}
-    for class_id, name in enumerate(labels):
-        red, green, blue = (0, 0, 0) if class_id == 0 else class_colour(class_id)
-        seen = int(class_id > 0)
-        # id, red, green, blue, opacity, shown, shown as a mesh, name
-        snap.append(f'{class_id:5} {red:5} {green:4} {blue:4} {seen:8} {seen:2} {seen:2}    "{name}"')
-        slicer.append(f"{class_id} {name.replace(' ', '_')} {red} {green} {blue} {255 * seen}")
-        plain[name] = {"id": class_id, "colour": [red, green, blue]}
-    files.write_text(folder / "labels.txt", "\n".join(snap) + "\n")
-    files.write_text(folder / "labels.ctbl", "\n".join(slicer) + "\n")
-    files.write_text(folder / "labels.json", json.dumps(plain, indent=1))
 
 
 def default_folder(args: argparse.Namespace, contents: Sequence[dict], source: layouts.DataSource) -> Path:

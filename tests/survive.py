@@ -122,6 +122,8 @@ def disturb(kind: str, number: int, whole: dict, seconds: dict) -> str:
     time.sleep(seconds[world] * random.uniform(0, 0.9))
     if kind == "restarts":
         workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout
+        if not workers:
+            return "had ended before"
         os.kill(int(random.choice(workers.split())), signal.SIGKILL)
         status = [agent.wait(900)]
     else:

@@ -20,6 +20,7 @@ from support import layouts, metrics, nifti, phantom
 from support.checkpoints import write_checkpoint
 from volumes import plan_for, planned, save, write_tree
 
+ROOT = Path(__file__).parents[1]
 QUICK = "--overlap 0 --no-mirror --amp off"
 
 
@@ -192,7 +193,8 @@ def test_the_checkpoint_alone_is_scored_and_images_are_predicted_as_stored_witho
     for module in (nifti, data):
         monkeypatch.delattr(module, "read_label")  # Whoever opens a label now fails.
     assert run("--ckpt", trained[1], "--input in --output out/deep", QUICK) is None
-    assert sorted(os.listdir("out/deep")) == sorted(os.listdir("in"))
+    beside = ["labels.ctbl", "labels.json", "labels.txt"]  # names and colours for viewers
+    assert sorted(os.listdir("out/deep")) == beside + sorted(os.listdir("in"))
     for name in os.listdir("in"):
         image, written = nib.load(f"in/{name}"), nib.load(f"out/deep/{name}")
         assert written.shape == image.shape and np.array_equal(written.affine, image.affine)
@@ -201,6 +203,30 @@ def test_the_checkpoint_alone_is_scored_and_images_are_predicted_as_stored_witho
     one, other = (np.asarray(nib.as_closest_canonical(nib.load(file)).dataobj) for file in files)
     # The mean over the voxels rounds differently in another order; a shift would change a tenth of them.
     assert (one == other).mean() > 0.999 and (one[1:] == other[:-1]).mean() < 0.95
+
+
+def test_the_six_lines_of_the_readme_predict_a_file_as_evaluate_does_and_an_array():
+    (lines,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+    image = np.random.default_rng(0).normal(size=(20, 30, 18)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.diag([1, 1.1, 1.2, 1])), "IMAGE.nii.gz")
+    known = {}
+    exec(lines.replace("checkpoints/", f"{ROOT}/checkpoints/"), known)
+    predictor, prediction = known["predictor"], known["prediction"]
+    assert predictor.task.labels == ("background", "anterior", "posterior")
+    assert prediction.scores.shape == (3, 18, 30, 20) and prediction.scores.dtype == np.float32
+    assert (prediction.label == prediction.scores.argmax(0)).all() and prediction.label.dtype == np.uint8
+    assert (predictor("IMAGE.nii.gz").label == prediction.label).all() and prediction.scores.std() > 0
+    volume, geometry = nifti.read_image("IMAGE.nii.gz")
+    again = predictor(volume[0], spacing=geometry.spacing, with_scores=True)
+    assert np.array_equal(again.scores, prediction.scores)
+    with pytest.raises(ValueError, match="image: found 2 channels, expected 1"):
+        predictor(np.concatenate([volume, volume]), spacing=(1, 1, 1))
+    ckpt = f"{ROOT}/checkpoints/hippocampus-tiny.pt"
+    assert run("--ckpt", ckpt, "--input IMAGE.nii.gz --output out --dry-run") is None
+    assert not Path("out").exists()
+    run("--ckpt", ckpt, "--input IMAGE.nii.gz --output out")
+    assert np.array_equal(nifti.read_label("out/IMAGE.nii.gz", 3)[0], prediction.label)
+    assert json.loads(Path("out/labels.json").read_text())["posterior"]["id"] == 2
 
 
 def test_a_stopped_prediction_goes_on_and_another_question_is_answered_anew(trained, monkeypatch):

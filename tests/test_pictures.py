@@ -1,7 +1,9 @@
 """Pictures: contours, errors and boxes lie where the voxels lie, and lengths are true in mm."""
 
 import json
+import shlex
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -144,3 +146,24 @@ def test_a_walk_draws_features_by_their_strongest_components_queries_and_the_sem
     assert np.allclose([bar.get_width() for bar in rows[3][0].patches], query.probabilities)
     assert [axis.get_title() for axis in rows[5][3:]] == ["prediction, Dice 1.000", "truth"]
     assert np.array_equal(rows[5][1].images[0].get_array().any(-1), truth[0] == 2)
+
+
+def test_viewers_get_an_id_a_name_and_a_colour_for_each_class(tmp_path):
+    pictures.write_label_names(tmp_path, ("background", "left lung", "RV"))
+    rows = [shlex.split(line) for line in (tmp_path / "labels.txt").read_text().splitlines()]
+    assert [(int(row[0]), row[4:]) for row in rows] == [
+        (0, ["0", "0", "0", "background"]),
+        (1, ["1", "1", "1", "left lung"]),
+        (2, ["1", "1", "1", "RV"]),
+    ]
+    table = np.loadtxt(tmp_path / "labels.ctbl", dtype=np.str_, encoding="utf-8")
+    assert table[:, 1].tolist() == ["background", "left_lung", "RV"] and table[:, 5].tolist() == [
+        "0",
+        "255",
+        "255",
+    ]
+    plain = json.loads((tmp_path / "labels.json").read_text())
+    for i, entry in enumerate(plain.values()):
+        assert entry["id"] == i and [*map(str, entry["colour"])] == rows[i][1:4] == table[i, 2:5].tolist()
+    drawn = matplotlib.colors.to_rgb(pictures._colours(["background", "left lung", "RV"])[2])
+    assert plain["RV"]["colour"] == [round(255 * part) for part in drawn]
