@@ -261,7 +261,8 @@ def resume(run: Run) -> bool:
         if run.group.rank == 0:
             print(f"extends   {path} to {epochs} epochs; from here on the rate is that of {epochs} epochs")
         old["epochs"] = epochs
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    keys = sorted((old | new).keys() - {"decisions"})  # The plan's sentences may be worded anew.
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     changed += [f"other {split} cases" for split in run.cases if run.cases[split] != content["cases"][split]]
     if changed:
         raise ValueError(f"{path}: found another configuration ({'; '.join(changed)}); use another --name")
