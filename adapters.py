@@ -46,10 +46,7 @@ class VanillaAdapter(nn.Module):
 
 
 class DepthMLP(nn.Module):
-    """An inverted bottleneck over the D slices with a skip, the middle of the DMLPAdapter (fig. 4a).
-
-    The layer works for this number of slices only.
-    """
+    """An inverted bottleneck over the D slices, and no other number, with a skip (fig. 4a, the middle)."""
 
     def __init__(self, depth: int):
         super().__init__()
@@ -105,10 +102,7 @@ class DepthMLPBeforeDownAdapter(VanillaAdapter):
 
 
 class DepthConv(nn.Module):
-    """A 3 x 3 x 3 depth-wise convolution over D, h, w with a skip, the middle of the DConvAdapter (fig. 4b).
-
-    The depth D unfolds the rows; the weights themselves fit any depth.
-    """
+    """A 3 x 3 x 3 depth-wise convolution over D, h, w with a skip, the DConvAdapter's middle (fig. 4b)."""
 
     def __init__(self, dim: int, depth: int):
         super().__init__()

@@ -127,12 +127,10 @@ class MaskSAM(nn.Module):
         return {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
 
     def needs_checkpointing(self, patches: int, amp: str, memory: float) -> bool:
-        """Whether the encoder's blocks would keep more than a sixth of a memory in bytes for backward (Ours).
-
-        Counted for ViT-B: a block keeps 42 bytes per token and channel under autocast, 74 in float32.
-        """
+        """Whether encoder blocks would keep over a sixth of a memory in bytes for backward (Ours)."""
         tokens = patches * self.config.patch_size[0] * self.config.grid[0] * self.config.grid[1]
-        return (74 if amp == "off" else 42) * tokens * sum(self.encoder.block_dims) > memory / 6
+        kept = 74 if amp == "off" else 42  # bytes per token, channel and block, counted for ViT-B
+        return kept * tokens * sum(self.encoder.block_dims) > memory / 6
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode (S, 3, *encoder_size): the neck (S, width, h, w) and four taps, shallow first (fig. 3a)."""

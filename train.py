@@ -128,23 +128,18 @@ def patch_indices(step: int, args: argparse.Namespace, rank: int, world: int) ->
     return [batch * args.batch_size + rank * share + i for batch in batches for i in range(share)]
 
 
-@dataclasses.dataclass
 class Run:
     """One process of a training, with the data, the network and the optimizer."""
 
-    args: argparse.Namespace  # the command line; `resolve` fills in its open values
-    group: processes.Processes  # this process among all
-
-    def __post_init__(self):
-        args, self.rank, self.world = self.args, self.group.rank, self.group.world
-        self.source, self.plan, self.cache = open_data(args, self.group)
+    def __init__(self, args: argparse.Namespace, group: processes.Processes):
+        self.args, self.group, self.rank, self.world = args, group, group.rank, group.world
+        self.source, self.plan, self.cache = open_data(args, group)
         cases = self.source.splits["train"]
         self.cases = {split: [case.name for case in self.source.splits[split]] for split in ("train", "val")}
         shapes = data.cached_shapes(cases, self.plan, self.cache)
-        resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes), self.group)
+        resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes), group)
         self.share = args.batch_size // self.world  # patches of this process in a batch
-        gpu = f"cuda:{self.group.local_rank}"
-        self.device = torch.device(gpu if args.device == "cuda" else args.device)
+        self.device = torch.device(f"cuda:{group.local_rank}" if args.device == "cuda" else args.device)
         self.folder = Path("runs") / f"{self.source.name}-{args.name}"
         if not args.resume and (self.folder / "last.pt").exists():
             raise ValueError(f"{self.folder}: found a run; use --resume, choose another --name, or delete it")
@@ -168,7 +163,6 @@ class Run:
         options |= {"worker_init_fn": processes.ignore_signals}
         indices = patch_indices(self.step, args, self.rank, self.world)
         self.batches = iter(DataLoader(patches, self.share, sampler=indices, **options))
-        # DDP averages the gradients of the processes.
         self.wrapped = self.model if self.world == 1 else DDP(self.model, broadcast_buffers=False)
         self.first_step, self.start = self.step, time.time()
 
@@ -326,7 +320,7 @@ def train(args: argparse.Namespace, group: processes.Processes) -> dict:
 def train_epoch(run: Run, began: float) -> dict:
     """Train to the end of the epoch, from `run.step` on, and add the values of `train_step` to `run.sums`.
 
-    Returns: their means over the steps that were not skipped, which are counted, the epoch and the last rate.
+    Returns: their means over the steps that were not skipped, the epoch, and the last rate.
     """
     args, first = run.args, run.epoch * run.args.iterations
     run.wrapped.train()

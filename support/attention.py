@@ -59,8 +59,7 @@ def _offsets(size: int, device: torch.device) -> Tensor:
 def relative_positions(table: Tensor, size: int) -> Tensor:
     """Look up the relative positions of every query and key along an axis of `size` tokens: (size, size, c).
 
-    The table (2 * trained size - 1, c) is resampled if it was trained for another size. SAM's `get_rel_pos`
-    makes its index on the CPU at every call, which a GPU has to wait for.
+    The table (2 * trained size - 1, c) is resampled if it was trained for another size.
     """
     if len(table) != 2 * size - 1:
         table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
@@ -120,8 +119,7 @@ def attend_fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_c
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Call `scaled_dot_product_attention` for a value (..., c) that may be narrower than query and key.
 
-    Ours: flash attention wants one width for all three, so the value is padded with zeros and the result is
-    cut again. cuDNN's kernel, torch's choice on an H100 and later, takes a narrow value.
+    Ours: flash attention wants one width for all, so zeros pad the value. cuDNN's kernel on an H100 does not.
     """
     narrow = query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability() >= (9, 0)
     wide = value if narrow else F.pad(value, (0, query.shape[-1] - value.shape[-1]))

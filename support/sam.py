@@ -137,13 +137,10 @@ def load_sam(sam: nn.Module, name: str, path: str | Path, grid: tuple[int, int])
 
 
 def store_frozen(sam: nn.Module, dtype: torch.dtype | None) -> None:
-    """Store the frozen weights of image encoder and mask decoder in the type of autocast; None: keep all.
-
-    Autocast casts frozen weights anew in every pass, and here it finds the same numbers. The prompt encoder
-    keeps float32, and so do the convolutions `c` of a TinyViT, which are scaled before they are cast.
-    """
+    """Store a frozen SAM's weights as autocast would cast them in every pass; no change for None."""
     if dtype is None or any(parameter.requires_grad for parameter in sam.parameters()):
         return
+    # The prompt encoder works in float32. A TinyViT scales its convolutions `c` before autocast casts them.
     for name, layer in [*sam.image_encoder.named_modules(), *sam.mask_decoder.named_modules()]:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not name.endswith(".c"):
             layer.to(dtype)

@@ -101,13 +101,11 @@ CHANGES = [{"variant": "b1"}, {"variant": "b6"}, {"variant": "b7"}, {"patch_size
 
 
 @pytest.mark.parametrize("changes", [*CHANGES, {"num_queries": 1}, {"sam": "lite_medsam"}], ids=str)
-def test_every_variant_starts_as_sams_encoder_and_decoder_image_by_image(changes):
+def test_every_variant_starts_as_sams_decoder_image_by_image(changes):
     net = awake(**changes)
-    image = torch.randn(2 * net.config.patch_size[0], 3, *net.config.encoder_size, dtype=torch.float64)
     inputs, n = decoder_inputs(net) | {"class_tokens": None}, net.config.num_queries
     neck, image_pe, sparse, dense, _ = inputs.values()
     with torch.no_grad():
-        close(net.encode(image)[0], net.sam.image_encoder(image))
         found = net.decode(**inputs)[1]
         of_slice = zip(neck.split(1), sparse.split(n), dense.split(n))  # SAM takes one image at a time
         masks = [net.sam.mask_decoder.predict_masks(x, image_pe, *prompts)[0] for x, *prompts in of_slice]
@@ -410,20 +408,13 @@ def test_frozen_weights_in_autocasts_type_give_the_same_bits_with_fewer_casts(sa
     assert casts[0] - casts[1] > 100 if net.sam_is_frozen else casts[0] == casts[1]
 
 
-FITS = [
-    ("acdc", 79, False),
-    ("acdc", 40, True),
-    ("synapse", 24, True),
-    ("amos", 79, False),
-    ("amos", 24, True),
-]
-
-
-@pytest.mark.parametrize("name, gib, expected", FITS)
-def test_checkpointing_follows_the_memory_of_the_device(name, gib, expected):
-    sizes = {key: getattr(PRESETS[name], key) for key in ("patch_size", "encoder_size")}
-    net = SimpleNamespace(config=MaskSAMConfig(**sizes), encoder=SimpleNamespace(block_dims=[768] * 12))
-    assert MaskSAM.needs_checkpointing(net, 2, "bf16", gib * 2**30) == expected
+@pytest.mark.parametrize("name, expected", [("acdc", [1, 1, 0]), ("synapse", [1, 0, 0]), ("amos", [1, 0, 0])])
+def test_checkpointing_follows_the_memory_of_the_device(name, expected):
+    config = SimpleNamespace(
+        patch_size=(p := PRESETS[name]).patch_size, grid=[n // 16 for n in p.encoder_size]
+    )
+    net = SimpleNamespace(config=config, encoder=SimpleNamespace(block_dims=[768] * 12))
+    assert [MaskSAM.needs_checkpointing(net, 2, "bf16", gib * 2**30) for gib in (24, 40, 79)] == expected
 
 
 @pytest.mark.parametrize("sam", ["tiny", "lite_medsam"])

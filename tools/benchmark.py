@@ -51,10 +51,7 @@ TITLES = ("batch", "ms/step", "TFLOP/step", "% of peak", "GiB", "patches/s", "ho
 
 
 def measure(run: Callable, device: torch.device, repeat: int) -> tuple[float, float, float]:
-    """Return the TFLOP of a run, the median seconds of `repeat` runs, and the peak of the memory in GiB.
-
-    On a CPU they are CPU seconds, because other processes disturb the clock.
-    """
+    """Return the TFLOP of a run, the median seconds (on a CPU: CPU seconds), and the peak memory in GiB."""
     on_gpu, times = device.type == "cuda", []
 
     def now() -> float:
@@ -118,17 +115,13 @@ class Bench:
             return self.model.eval().predict(self.volume)
 
     def row(self, case: tuple[int, ...], peak: float) -> dict[str, float]:
-        """Return a number for each of `TITLES`; `peak` is in TFLOP/s. The hours are those of training steps.
-
-        Each of eight cards has an eighth of the batch, but at least one patch. Its step is measured on one
-        card, without the exchange of gradients.
-        """
+        """Return a number for each of `TITLES`; `peak` is in TFLOP/s. Hours are those of training steps."""
         preset, batch = self.preset, len(self.volume)
         tflop, seconds, gib = self.measure(self.step)
         windows = math.prod(len(window_starts(max(n, p), p, 0.5)) for n, p in zip(case, preset.patch_size))
         windows *= 2 ** len(preset.task.flip_axes or ())
         prediction = windows * self.measure(self.predict)[1] / batch
-        self.make_batch(-(-batch // 8))
+        self.make_batch(-(-batch // 8))  # the share of one of eight cards, without the exchange of gradients
         hours = [preset.epochs * preset.iterations * s / 3600 for s in (seconds, self.measure(self.step)[1])]
         share, rate = 100 * tflop / seconds / peak, batch / seconds
         numbers = batch, 1000 * seconds, tflop, share, gib, rate, *hours, prediction
@@ -145,8 +138,8 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     print(f"{'':20s}" + "".join(f"{title:>12s}" for title in TITLES))
     for name in args.data or (["acdc", "synapse", "amos"] if on_gpu else ["phantom"]):
         for sam in args.sam or [PRESETS[name].sam, *(LIGHT_SCALES if on_gpu else [])]:
-            row = Bench(*choose(args, name, sam), args).row(CASES[name], tflop / seconds)
-            rows[f"{name} {sam}"] = row
+            bench = Bench(*choose(args, name, sam), args)
+            rows[f"{name} {sam}"] = row = bench.row(CASES[name], tflop / seconds)
             print(
                 f"{name + ' ' + sam:20s}" + "".join(f"{number:12.4g}" for number in row.values()), flush=True
             )
