@@ -92,7 +92,8 @@ def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked
     monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, **options: file.write(b"png"))
     ask = f"--ckpt x.pt --case {second.name}"
     several = f"compare --predictions net truth --names A B --data phantom --case {second.name}"
-    for line in (several, f"compare {net}", f"queries {ask}", f"queries {ask} --slice 0", f"walk {ask}"):
+    page = f"walk {ask} --slice 3"
+    for line in (several, f"compare {net}", f"queries {ask}", f"queries {ask} --slice 0", page):
         visualize.main(line.split())
     compared, ranked, *asked = figures
     assert [part.get_suptitle() for part in compared.subfigs] == [second.name]
@@ -111,20 +112,19 @@ def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked
         assert [text.get_text() for text in axis.texts[1:]] == ["L", "R"]  # x of a file runs to the right
     titles = [part.get_suptitle().split(",")[0] for part in ranked.subfigs]
     assert titles == [f"worst: {second.name}", f"best: {first.name}"]  # which is shifted least
-    most = (label > 0).sum((1, 2)).argmax()
-    for figure, d in zip(asked, (most, 0)):
+    for figure, d in zip(asked, ((label > 0).sum((1, 2)).argmax(), 0)):
         boxes = sum(len(axis.patches) for axis in figure.axes)
         title = f"{second.name}, slice {d}\nqueries: {boxes}, left out as no object: {4 - boxes}"
         assert figure.subfigs[0].get_suptitle() == title
     _, guide, views, shapes, everything, maps, *_ = shown[-1]
-    network, _, patch, index, _ = visualize.open_slice(visualize.parse_arguments(f"walk {ask}".split()))
+    network, _, patch, index, _ = visualize.open_slice(visualize.parse_arguments(page.split()))
     with torch.no_grad():
         neck, taps = network.encode(network.stem(patch.transpose(0, 1)))
     for (title, view), feature in zip(views[1:], (*taps, neck), strict=True):
         assert title.endswith(f" {tuple(feature.shape)}")
         assert np.allclose(view, pictures.colour_map(feature[index].numpy()))
     assert shapes == [(1, *patch.shape), neck.shape, (4, 4, 64, 64), (4, 4, 5), (4, 4, 16, 16), maps.shape]
-    assert views[0][1].shape == (64, 64, 3) and len(everything) == 4 and f"slice {most}, " in guide
+    assert views[0][1].shape == (64, 64, 3) and len(everything) == 4 and ", slice 3, " in guide
     plt.close("all")
 
     moved = geometry.affine + 20 * np.eye(4, k=3)  # along x
