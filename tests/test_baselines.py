@@ -94,8 +94,7 @@ def test_a_point_is_the_deepest_pixel_of_its_class_and_the_best_of_three_masks_c
 def test_sam_2_gives_the_logits_of_its_packages_predictor_with_the_rule_of_its_builder(monkeypatch, tmp_path):
     monkeypatch.setitem(baselines.HIERA, "sam2_tiny", (16, 1, (1, 1, 2, 1), (3,), (8, 4, 14, 7), (7, 7)))
     held, seen, tensor = baselines.build_sam2(*baselines.HIERA["sam2_tiny"]).held, [], torch.from_numpy
-    for parameter in held.parameters():
-        nn.init.normal_(parameter, std=0.1)
+    nn.init.normal_(held.no_mem_embed)  # large enough to count, as all others are
     torch.save({"model": held.state_dict() | {"memory": torch.ones(1)}}, tmp_path / "sam2.pt")
     sam, _ = baselines.load_baseline("sam2_tiny", tmp_path / "sam2.pt")
     stubs = {"ToTensor": lambda: lambda picture: tensor(picture).permute(2, 0, 1) / 255}
@@ -121,7 +120,7 @@ def test_sam_2_gives_the_logits_of_its_packages_predictor_with_the_rule_of_its_b
     }.items():
         baselines.predict_case(sam, BASELINES["sam2_tiny"], picture.astype(np.float32), labels, kind=kind)
         logits, _, _ = predictor.predict(multimask_output=kind == "point", return_logits=True, **prompt)
-        assert np.abs(logits - seen[-1].numpy()).max() < 1e-3 * logits.std() and len(seen[-1]) == 2
+        assert np.abs(logits - seen[-1].numpy()).max() < 1e-4 * logits.std() and len(seen[-1]) == 2
 
 
 def test_mr_is_cut_at_percentiles_of_the_voxels_above_zero_and_ct_at_its_window():
