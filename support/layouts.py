@@ -88,7 +88,7 @@ def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=N
     Raises: FileNotFoundError without data, ValueError for unusable files or options. Both say how to go on.
     """
     if fold == "all":
-        source = find_data(data, root, None, group, modality, flip)
+        source = find_data(data, root, None, None if data in PRESETS else group, modality, flip)
         train, val = (source.splits.get(split, ()) for split in ("train", "val"))
         note = f"The {len(val)} cases of val are trained on too: their Dice is that of seen cases."
         splits = source.splits | {"train": train + val}
