@@ -38,6 +38,7 @@ import data
 from model import MaskSAM, load_checkpoint
 from support import files, layouts, metrics, nifti
 from support.presets import PRESETS, Task
+from support.sam import store_frozen
 
 Cases = Sequence[layouts.Case]
 
@@ -306,6 +307,8 @@ class Predictor:
         self.settings["mirror_axes"] = list(self.task.flip_axes) if mirror else []
         self.settings["largest"] = class_ids(largest, self.task.labels)
         self.models = [model.to(self.device) for model in models]
+        for model in self.models:
+            store_frozen(model.sam, files.AMP_TYPES[self.settings["amp"]])
 
     def __call__(self, image, spacing=None, with_scores=False, desc=None) -> Prediction:
         """Predict an image. ValueError: it is not like the images of the training, or a score is NaN.
