@@ -379,17 +379,22 @@ def predict(args: argparse.Namespace) -> dict | None:
     predict_files(cases, paths, task, description, predict_one, args.workers, predictor.plans[0])
     pictures.write_label_names(output, task.labels)
     if args.submission:
-
-        def zip_files(file) -> None:
-            with zipfile.ZipFile(file, "w") as archive:
-                for path in paths:
-                    archive.write(path, path.name)
-
-        files.write_whole(output / "submission.zip", zip_files)
-        print(f"{output / 'submission.zip'}: {len(paths)} files")
+        zip_files(output / "submission.zip", paths)
     epochs = [content["epoch"] for content in contents]
     made_with = {"checkpoint": args.ckpt, "epoch": epochs, "prompts": args.prompts} | settings
     return report(cases, paths, source, args, made_with, layouts.box_source_suffix(args.prompts))
+
+
+def zip_files(archive_file: Path, paths: Sequence[Path]) -> None:
+    """Write files into a zip archive, whole or not at all."""
+
+    def write(file) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in paths:
+                archive.write(path, path.name)
+
+    files.write_whole(archive_file, write)
+    print(f"{archive_file}: {len(paths)} files")
 
 
 def default_folder(args: argparse.Namespace, contents: Sequence[dict], source: layouts.DataSource) -> Path:

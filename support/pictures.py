@@ -313,7 +313,7 @@ def _finish(figure: plt.Figure, path: str | Path, entries: Sequence[tuple] = ())
 
 
 def write_label_names(folder: Path, labels: Sequence[str]) -> None:
-    """Write names and colours of the classes for ITK-SNAP (labels.txt), 3D Slicer (.ctbl) and others (.json)."""
+    """Write classes and their colours for ITK-SNAP (labels.txt), 3D Slicer (.ctbl) and others (.json)."""
     snap, slicer, plain = [], [], {}
     for class_id, (name, colour) in enumerate(zip(labels, _colours(labels))):
         red, green, blue = (round(255 * part) for part in matplotlib.colors.to_rgb(colour))
