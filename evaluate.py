@@ -197,7 +197,7 @@ def predict_files(cases: Cases, paths: list[Path], task, description, predict, w
     todo = [pair for pair in zip(cases, paths) if nifti.read_description(pair[1]) != description(pair[0])]
     for case, path in tqdm(todo, "predicting"):
         nifti.write_label_map(path, *predict(case), description(case))
-    print(f"{paths[0].parent}: wrote {len(todo)} label maps, {len(paths) - len(todo)} were there")
+    print(f"{paths[0].parent}: wrote {len(todo)} label maps; {len(paths) - len(todo)} were done before")
 
 
 def report(cases: Cases, paths: list[Path], source, args, made_with: dict, suffix="") -> dict | None:
@@ -246,7 +246,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
     add("--input", metavar="DIR|FILE", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
-    add("--dry-run", action="store_true", help="list the images and the files that would be written")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="list images and the files to write, opening none",
+    )
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
     add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
@@ -314,11 +318,15 @@ class Predictor:
         """Predict an image. ValueError: it is not like the images of the training, or a score is NaN.
 
         Args:
-            image: a file; a list of files, one per channel; a `Case`; or an array (D, H, W) or (C, D, H, W).
-            spacing: of an array, (D, H, W) in mm. An array has the axes that `nifti.read_image` returns.
+            image: a file; a list of files, one per channel; a `Case`; or an array (D, H, W) or (C, D, H, W)
+                with the axes that `nifti.read_image` gives it. Those of nibabel are others.
+            spacing: of an array, (D, H, W) in mm.
             with_scores: also return the semantic map. desc: title of a progress bar, or None.
         """
         if isinstance(image, np.ndarray):
+            if image.ndim not in (3, 4) or spacing is None or len(spacing) != 3:
+                found = f"found an array of {image.shape} and the spacing {spacing}"
+                raise ValueError(f"image: {found}, expected three axes, or four, and three lengths")
             channels, turn = image.reshape(-1, *image.shape[-3:]), np.array([[0, 1], [1, 1], [2, 1]])
             place = nifti.Geometry(np.diag([*spacing[::-1], 1.0]), channels.shape[1:], tuple(spacing), turn)
             made = (data.prepare_image(channels.astype(np.float32), place, plan) for plan in self.plans)
@@ -419,7 +427,7 @@ def check_tasks(tasks: dict[str, Task]) -> None:
 def class_ids(names: Sequence[str] | None, labels: Sequence[str]) -> list[int]:
     """Return the ids of class names: all but background for an empty list, none for None."""
     if wrong := [name for name in names or () if name not in labels[1:]]:
-        raise ValueError(f"--largest-component: found {' '.join(wrong)}, expected of {', '.join(labels[1:])}")
+        raise ValueError(f"--largest-component: found {' '.join(wrong)}, expected {' or '.join(labels[1:])}")
     return [] if names is None else [labels.index(name) for name in names or labels[1:]]
 
 

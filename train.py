@@ -6,7 +6,7 @@
     python train.py                                         the phantom, some minutes on two cores
     python train.py --data acdc --root DIR                  ACDC with SAM's ViT-B on one GPU
     torchrun --nproc_per_node=8 train.py --data acdc        on eight GPUs, which share each batch
-    python train.py --data DIR --sam lite_medsam            any folder with a dataset.json, on a laptop
+    python train.py --data DIR --sam mobile_sam             any folder with a dataset.json, on a laptop
     torchrun --max-restarts=3 train.py --resume             go on from last.pt, also after crashes
     python train.py --data DIR --init FILE                  start from a checkpoint of another data set
 

@@ -219,7 +219,8 @@ def find_images(path: str | Path, num_channels: int) -> tuple[Case, ...]:
     Raises: FileNotFoundError if there is no image, ValueError if a case has too many channels.
     """
     if not (stems := _files(Path(path))):
-        raise FileNotFoundError(f"{path}: found no .nii or .nii.gz files, expected the images to predict")
+        found = "no .nii or .nii.gz files" if Path(path).exists() else "no such file or folder"
+        raise FileNotFoundError(f"{path}: found {found}, expected the images to predict")
     numbers = [int(stem[-4:]) for stem in stems if re.search(r"._\d{4}$", stem)]
     two_channels = any(stem[:-1] + "0" in stems for stem in stems if stem.endswith("_0001"))
     whole = (len(numbers) < len(stems) and not two_channels) or max(numbers) >= max(10, num_channels)
@@ -390,7 +391,8 @@ def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = Fa
     files = _files(Path(folder))
     own = [[files.pop(name) for name in (case.name, *case.aliases) if name in files] for case in cases]
     if wrong := [case.name for case, found in zip(cases, own) if len(found) != 1]:
-        raise FileNotFoundError(f"{folder}: found no file or two of {', '.join(wrong)}, expected one of each")
+        found = f"no file or two of {len(wrong)} cases, such as {', '.join(wrong[:3])}"
+        raise FileNotFoundError(f"{folder}: found {found}; expected one of each of {len(cases)}")
     if files and not spare:
         raise FileNotFoundError(f"{folder}: found files of no case, {', '.join(files)}, expected none")
     return [Path(found[0]) for found in own]

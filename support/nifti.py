@@ -114,7 +114,8 @@ def _opened(path: str, like: Geometry | None = None) -> Iterator[tuple]:
     except (EOFError, MemoryError, OSError, zlib.error) as error:
         reasons = {EOFError: "a truncated file", MemoryError: "too little memory"}
         found = getattr(error, "strerror", None) or reasons.get(type(error), "a damaged file")
-        raise _problem(path, found.lower(), "a whole NIfTI file; copy it again") from error
+        again = "" if isinstance(error, FileNotFoundError) else "; copy it again"
+        raise _problem(path, found.lower(), f"a whole NIfTI file{again}") from error
 
 
 def _parse_header(path: str, stream: BinaryIO, limit: int) -> tuple:
@@ -123,7 +124,8 @@ def _parse_header(path: str, stream: BinaryIO, limit: int) -> tuple:
     kind = nib.Nifti2Header if start[:4] in (b"\x1c\2\0\0", b"\0\0\2\x1c") else nib.Nifti1Header  # 540
     try:
         own = kind(start[: kind.sizeof_hdr], check=False)
-        header = kind(own.binaryblock)
+        with nib.imageglobals.LoggingOutputSuppressor():  # Our own message follows.
+            header = kind(own.binaryblock)
         full, offset = header.get_data_shape(), header.get_data_offset() or kind.single_vox_offset
         header.get_slope_inter()
         if own["magic"].item() != kind.single_magic:

@@ -222,7 +222,7 @@ def draw_walk(picture: Picture, guide: str, views, shapes, queries: Sequence[Que
         axis.set_title(title, fontsize=8)
     for query, upper, bars, lower in zip(queries, *rows[2:5]):
         _draw_query(upper, lower, picture, query, query.boxes, colours)
-        upper.set_title(f"query {query.number}", fontsize=8)
+        upper.set_title(f"query {query.number}: auxiliary mask", fontsize=8)
         bars.barh(range(len(names)), query.probabilities, color=colours, edgecolor="0.5", linewidth=0.5)
         bars.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
         bars.set_title(f"query {query.number}: {names[query.class_id]}", fontsize=8)

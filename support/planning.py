@@ -102,11 +102,15 @@ class Plan:
         task = Task(**{key: frozen(value) for key, value in values["task"].items()})
         return cls(**{key: frozen(value) for key, value in values.items()} | {"task": task})
 
-    def unlike(self, percentiles: Array) -> str:
-        """Return a sentence if an image's percentiles (C, 3) are far from those of the training images.
+    def unlike(self, percentiles: Array, spacing: Sequence[float]) -> str:
+        """Return a sentence if an image's percentiles (C, 3) or spacing are far from the training's.
 
-        Ours: far is a range ten times as wide or as narrow, or one that does not meet the training range.
+        Ours: far is a range ten times as wide or as narrow, or one that does not meet the training range; or
+        a spacing that is more than three times as large or as small.
         """
+        if any(mm and not mm / 3 <= found <= mm * 3 for found, mm in zip(spacing, self.spacing)):
+            found = f"found a spacing of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm"
+            return f"{found}, unlike the training's {self.spacing}. Is it the same kind of image?"
         channels = zip(self.task.channels, percentiles, self.ranges)
         for name, (low, _, high), (least, most, narrow, wide) in channels:
             if low > most or high < least or not narrow / 10 <= high - low <= wide * 10:
@@ -131,16 +135,16 @@ def survey(cases: Sequence[Case], task: Task, workers=1, others=(), plan=None) -
         if numbers := found.measured:
             measured[case] = numbers
             if (channels := len(numbers.percentiles)) != len(task.channels):
-                expected = ", ".join(task.channels)
+                expected = f"{len(task.channels)}: {', '.join(task.channels)}"
                 problems.append(f"{case.images[0]}: found {channels} channels, expected {expected}")
-            elif plan and (text := plan.unlike(numbers.percentiles)):
+            elif plan and (text := plan.unlike(numbers.percentiles, numbers.geometry.spacing)):
                 found.remarks.append(f"{case.images[0]}: {text}")
         for file, text in (line.split(": ", 1) for line in found.remarks):
             remarks.setdefault(text, []).append(file)
     for text, files in remarks.items():
         print(f"remark: {files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}: {text}")
     if problems:
-        raise ValueError(f"{len(problems)} problems:\n" + "\n".join(problems))
+        raise ValueError(f"{len(problems)} problem{'s'[: len(problems) - 1]}:\n" + "\n".join(problems))
     return measured
 
 
@@ -192,9 +196,10 @@ def decide_flips(centres: Array, labels: Sequence[str]) -> tuple[tuple[int, ...]
             flips.append(axis)
             reasons.append(f"Flips along {letter}: yes, since no class keeps to one side.")
         else:
-            names = [f"class {labels[i]}" if i else "the middle of the volume" for i in (one, other)]
             cases = f"{100 * share[one, other]:.0f} % of the training cases"
-            reasons.append(f"Flips along {letter}: no, since {names[0]} lies beyond {names[1]} in {cases}.")
+            where = f"class {labels[other]}" if one and other else "the middle of the volume"
+            why = f"class {labels[one or other]} lies on one side of {where} in {cases}"
+            reasons.append(f"Flips along {letter}: no, since {why}.")
     return tuple(flips), reasons
 
 

@@ -219,6 +219,8 @@ def test_the_six_lines_of_the_readme_predict_a_file_as_evaluate_does_and_an_arra
     volume, geometry = nifti.read_image("IMAGE.nii.gz")
     again = predictor(volume[0], spacing=geometry.spacing, with_scores=True)
     assert np.array_equal(again.scores, prediction.scores)
+    with pytest.raises(ValueError, match="found an array of .18, 30, 20. and the spacing None"):
+        predictor(volume[0])
     with pytest.raises(ValueError, match="image: found 2 channels, expected 1"):
         predictor(np.concatenate([volume, volume]), spacing=(1, 1, 1))
     ckpt = f"{ROOT}/checkpoints/hippocampus-tiny.pt"
@@ -295,8 +297,8 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained):
 @pytest.mark.parametrize("arguments, message", [
     ("--ckpt nowhere.pt", "nowhere.pt: found no such file"),
     ("--ckpt CKPT --overlap 1", "--overlap: found 1.0"),
-    ("--ckpt CKPT --largest-component heart", "--largest-component: found heart, expected of RV, Myo, LV"),
-    ("--ckpt CKPT --input in --output out", "(?s)1 problems.*in/a.nii.gz: found 1 voxels of NaN"),
+    ("--ckpt CKPT --largest-component heart", "--largest-component: found heart, expected RV or Myo or LV"),
+    ("--ckpt CKPT --input in --output out", "(?s)1 problem:.*in/a.nii.gz: found 1 voxels of NaN"),
     ("--ckpt a --predictions b", "expected either --ckpt FILE or --predictions DIR"),
     ("--predictions b", "--predictions needs --data"),
     ("--predictions b --data acdc --input c", "--input and --submission belong to --ckpt"),

@@ -77,7 +77,7 @@ def test_the_labels_decide_about_flips_and_their_names_do_not(tmp_path, names):
     plan = planned(root)
     assert plan.task.flip_axes == (0, 1)  # not along W, although no class keeps to a side of the volume
     (reason,) = [text for text in plan.decisions if text.startswith("Flips along W: no")]
-    assert f"class {names[1]} lies beyond class {names[0]} in 100 % of the training cases" in reason
+    assert f"class {names[1]} lies on one side of class {names[0]} in 100 % of the training cases" in reason
     assert planned(root, flip=["W"]).task.flip_axes == (2,) and planned(root, flip=[]).task.flip_axes == ()
 
 
@@ -88,7 +88,7 @@ def test_a_class_that_keeps_to_one_side_of_the_volume_forbids_a_flip():
     assert decide_flips(centres, ("background", "x", "y"))[0] == (0, 1, 2)
     centres[:, 1, 1] = np.where(np.arange(20) < 18, 0.4, 0.6)  # 90 %
     flips, reasons = decide_flips(centres, ("background", "x", "y"))
-    assert flips == (0, 2) and "the middle of the volume lies beyond class x in 90 %" in reasons[1]
+    assert flips == (0, 2) and "class x lies on one side of the middle of the volume in 90 %" in reasons[1]
     centres[0, 1, 1] = 0.6
     assert decide_flips(centres, ("background", "x", "y"))[0] == (0, 1, 2)
 
@@ -102,6 +102,10 @@ def test_images_unlike_the_training_images_are_remarked_and_files_with_one_fault
     for case in source.splits["train"][:2]:
         save(case.images[0], np.full((12, 10, 8), 5.0, np.float32))
     (case,) = source.splits["val"]
+    thick = str(tmp_path / "thick.nii")
+    nib.save(nib.Nifti1Image(nib.load(case.images[0]).get_fdata(), np.diag([1, 1, 20, 1])), thick)
+    survey([layouts.Case("thick", (thick,), None)], source.task, plan=plan)
+    assert "found a spacing of 20 x 1 x 1 mm, unlike the training's" in capsys.readouterr().out
     save(case.images[0], np.random.default_rng(0).normal(-1000, 2000, (12, 10, 8)).astype(np.float32))
     survey([case, *source.splits["train"]], source.task, plan=plan)
     lines = capsys.readouterr().out.splitlines()

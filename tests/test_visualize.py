@@ -114,7 +114,7 @@ def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked
     assert titles == [f"worst: {second.name}", f"best: {first.name}"]  # which is shifted least
     for figure, d in zip(asked, ((label > 0).sum((1, 2)).argmax(), 0)):
         boxes = sum(len(axis.patches) for axis in figure.axes)
-        title = f"{second.name}, slice {d}\nqueries: {boxes}, left out as no object: {4 - boxes}"
+        title = f"{second.name}, slice {d}\nqueries: {boxes}; no object, not drawn: {4 - boxes}"
         assert figure.subfigs[0].get_suptitle() == title
     _, guide, views, shapes, everything, maps, *_ = shown[-1]
     network, _, patch, index, _ = visualize.open_slice(visualize.parse_arguments(page.split()))

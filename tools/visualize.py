@@ -162,7 +162,7 @@ def queries(args: argparse.Namespace) -> None:
     model, labels, patch, index, picture = open_slice(args)
     everything, maps = find_queries(model, patch, index)
     found = [query for query in everything if query.class_id < len(labels)]
-    counts = f"queries: {len(found)}, left out as no object: {len(everything) - len(found)}"
+    counts = f"queries: {len(found)}; no object, not drawn: {len(everything) - len(found)}"
     picture = picture._replace(name=f"{picture.name}\n{counts}", prediction=maps.argmax(0)[None])
     pictures.draw_queries(picture, found, labels, args.output)
 
@@ -185,13 +185,14 @@ def walk(args: argparse.Namespace) -> None:
     shapes = [tuple(outputs[name].shape) if name in outputs else "none" for name in names]
     shapes = [tuple(volume.shape), tuple(neck.shape), *shapes, maps.shape]
     count, (h, w), n = sum(query.class_id == len(labels) for query in found), config.grid, config.num_queries
-    guide = f"""{picture.name}, slice {index + 1} of the {config.patch_size[0]} in its patch
+    guide = f"""{picture.name}, slice {index + 1} of {config.patch_size[0]} in its patch
 S = B D slices, N = {n} queries, K = {len(labels)} classes, h x w = {h} x {w} tokens
-White line: the outline of the true objects
-Taps and neck: their first three principal components as colours
+White line in the first two rows: the outline of the true objects
+A tap is the feature map behind a quarter of the encoder's blocks.
+Colours of taps and neck: first three principal components
 Dashed: the learned box, and the box of the auxiliary mask
-Solid: the box prompt, as in fig. 5{model.prompt_generator.form}
-Queries: the most probable objects first; {count} of {n} are no object here"""
+Solid: the box prompt made of them, as in fig. 5{model.prompt_generator.form}
+Queries: the most probable objects first; {count} of {n} are no object"""
     picture = picture._replace(prediction=maps.argmax(0)[None])
     pictures.draw_walk(picture, guide, views, shapes, found, maps, labels, args.output)
 
