@@ -291,7 +291,7 @@ def test_given_boxes_follow_the_labels_and_nothing_else_of_a_patch_changes(tmp_p
     for file in (wrong, moved):  # the check finds maps of another label or place
         boxed = dataclasses.replace(source.splits["train"][0], box_source=file)
         for arguments in (([boxed], source.task), (cases[:1], source.task, 1, [file])):
-            with pytest.raises(ValueError, match=f"^1 problems:\n{file}: found"):
+            with pytest.raises(ValueError, match=f"^1 problem:\n{file}: found"):
                 data.survey(*arguments)
 
 
