@@ -281,7 +281,7 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained):
     save(second, np.asarray(turned.dataobj).copy(), turned.affine)  # stored with another axis first
     label, affine = array(cases[0].label), nib.load(cases[0].label).affine
     save(first, label + 3, affine)
-    with pytest.raises(SystemExit, match=f"(?s)1 problems.*{first}: found the labels"):
+    with pytest.raises(SystemExit, match=f"(?s)1 problem:.*{first}: found the labels"):
         run(*question)
     save(first, np.where(label == 1, 0, label).astype(np.float64), affine)  # no RV
     results = run(*question)
