@@ -246,11 +246,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
     add("--input", metavar="DIR|FILE", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="list images and the files to write, opening none",
-    )
+    add("--dry-run", action="store_true", help="list images and the files to write, opening none")
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
     add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
@@ -262,11 +258,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how = "how other papers score absent classes (default: %(default)s)"
     add("--metric-convention", choices=metrics.CONVENTIONS, default="masksam", dest="convention", help=how)
     args = parser.parse_args(argv)
-    given, unlabelled = args.prompts != "auto", args.input or args.submission
+    given, unlabelled = args.prompts != "auto", args.input or args.submission or args.dry_run
     problems = {
         "expected either --ckpt FILE or --predictions DIR": (args.ckpt is None) == (args.predictions is None),
         "--predictions needs --data, the data set that they belong to": args.predictions and not args.data,
-        "--input and --submission belong to --ckpt": args.predictions and unlabelled,
+        "--input, --submission and --dry-run belong to --ckpt": args.predictions and unlabelled,
         "--predictions and --submission take no --prompts": given and (args.predictions or args.submission),
         "--input needs --output, the folder for the predictions": args.input and not args.output,
         f"--batch: found {args.batch_size}, expected 1 or more": args.batch_size < 1,

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import gzip
 import itertools
+import logging
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metre and micron; all o
 SPACING_RANGE = 0.01, 100.0  # Ours: in mm; a spacing outside comes from a wrong unit or a damaged header
 SKEW = 1e-3  # Ours: the cosine between two axes from which they are said not to be at right angles
 ROUNDED = 0.01  # Ours: how far a label may be from a whole number (a scaling makes 1.0001 of 1)
+SILENT = logging.Logger("nifti", logging.CRITICAL + 1)  # nibabel's remarks on headers; we print our own
 GZIP_RATIO = 1032  # gzip makes no file smaller than by this factor
 
 
@@ -124,8 +126,8 @@ def _parse_header(path: str, stream: BinaryIO, limit: int) -> tuple:
     kind = nib.Nifti2Header if start[:4] in (b"\x1c\2\0\0", b"\0\0\2\x1c") else nib.Nifti1Header  # 540
     try:
         own = kind(start[: kind.sizeof_hdr], check=False)
-        with nib.imageglobals.LoggingOutputSuppressor():  # Our own message follows.
-            header = kind(own.binaryblock)
+        header = kind(own.binaryblock, check=False)
+        header.check_fix(SILENT)
         full, offset = header.get_data_shape(), header.get_data_offset() or kind.single_vox_offset
         header.get_slope_inter()
         if own["magic"].item() != kind.single_magic:

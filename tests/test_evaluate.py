@@ -301,7 +301,8 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained):
     ("--ckpt CKPT --input in --output out", "(?s)1 problem:.*in/a.nii.gz: found 1 voxels of NaN"),
     ("--ckpt a --predictions b", "expected either --ckpt FILE or --predictions DIR"),
     ("--predictions b", "--predictions needs --data"),
-    ("--predictions b --data acdc --input c", "--input and --submission belong to --ckpt"),
+    ("--predictions b --data acdc --input c", "--input, --submission and --dry-run belong to --ckpt"),
+    ("--predictions b --data acdc --dry-run", "--input, --submission and --dry-run belong to --ckpt"),
     ("--ckpt a --input c --output c/../c", "--input: found the folder of --output"),
     ("--ckpt a --prompts c --output c", "--prompts: found the folder of --output"),
 ])  # fmt: skip
