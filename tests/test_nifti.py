@@ -208,7 +208,7 @@ REMARKS = {
 
 
 @pytest.mark.parametrize("kind", [*MALFORMED, *REMARKS])
-def test_an_odd_file_is_refused_or_remarked_by_name(tmp_path, kind):
+def test_an_odd_file_is_refused_or_remarked_by_name(tmp_path, kind, caplog):
     spoil, found = (MALFORMED | REMARKS)[kind]
     which, refused = "label" if kind.startswith("label") else "image", kind in MALFORMED
     root, path = decathlon(tmp_path, 1, affine=THICK), tmp_path / f"{which}sTr/case_0.nii.gz"
@@ -218,6 +218,7 @@ def test_an_odd_file_is_refused_or_remarked_by_name(tmp_path, kind):
     (sentence,) = check.problems + check.remarks
     assert "\n" not in sentence and bool(check.problems) == refused
     assert sentence.startswith(f"{path}: found {found}" if refused else f"{path}: {found}")
+    assert not caplog.records  # nibabel says nothing beside it
 
 
 def test_a_check_reads_each_file_once_and_measures_all_channels(tmp_path, monkeypatch):
