@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import json
@@ -48,7 +49,7 @@ from matcher import SetCriterion
 from support import files, layouts, metrics, nifti, processes
 from support.checkpoints import OTHER_TYPES, read_checkpoint, write_checkpoint
 from support.presets import PRESETS, Preset, folder_preset, recipe
-from support.sam import BACKBONES, find_sam_file, store_frozen
+from support.sam import BACKBONES, find_sam_file, resample_position_embedding, store_frozen
 
 MAX_SKIPPED = 10  # Ours: steps in a row whose numbers are not finite, before the run stops
 # Settings that must not change when a run is resumed, besides the model and the plan of the data. Only the
@@ -83,7 +84,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-overlap", type=float, help="overlap of their windows (default: for a tenth of its time)")
     add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
     add("--resume", action="store_true", help="continue from last.pt of this run, if there is one")
-    add("--init", metavar="FILE", help="checkpoint whose tensors are loaded first, if they fit")
+    init = "checkpoint whose tensors are loaded first, if they fit (default: none, but for the phantom)"
+    add("--init", metavar="FILE|none", help=init)
     return parser.parse_args(argv)
 
 
@@ -97,6 +99,7 @@ def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes
     for name, value in vars(recipe(preset, args.sam, args.device)).items():
         if name not in ("task", "home", "tree") and getattr(args, name, None) is None:
             setattr(args, name, value)
+    args.init = None if args.init in ("", "none") else args.init
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
     args.name += layouts.box_source_suffix(args.prompts)  # The name says that a run is not automatic.
     args.amp = args.amp or files.default_amp(args.device)
@@ -272,19 +275,22 @@ def resume(run: Run) -> bool:
 
 
 def start_from(run: Run) -> None:
-    """Load the tensors of --init that fit by name and shape, and print the others in one line per kind."""
+    """Load the tensors of --init that fit by name and shape, and count the others by component."""
     path = run.args.init
     content, own = run.group.from_first(lambda: read_checkpoint(path)), model.trained_state(run.model)
     if (found := content["config"]["sam"]) != run.args.sam:
         raise ValueError(f"--init {path}: found the backbone {found}, expected {run.args.sam} as in --sam")
-    state = content["state"]
+    state, positions = content["state"], "sam.image_encoder.pos_embed"
+    if positions in own.keys() & state.keys():  # of another size of the encoder's input
+        state[positions] = resample_position_embedding(state[positions], own[positions].shape[1:3])
     fits = {key for key in own.keys() & state.keys() if own[key].shape == state[key].shape}
     run.model.load_state_dict({key: state[key] for key in fits}, strict=False)
-    kinds = {"of another shape": own.keys() & state.keys() - fits}
-    kinds |= {"only in the model": own.keys() - state.keys(), "only in the file": state.keys() - own.keys()}
-    lines = [f"{kind}, not loaded: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
+    text = f"init      {path}: {len(fits)} of {len(own)} tensors fit"
+    for kind, names in {"new": own.keys() - fits, "not used": state.keys() - fits}.items():
+        parts = collections.Counter(name.split(".")[0] for name in sorted(names))
+        text += f"\n          {kind}: {', '.join(f'{part} ({n})' for part, n in parts.items()) or 'none'}"
     if run.rank == 0:
-        print("\n          ".join([f"init      {path}: {len(fits)} of {len(own)} tensors fit", *lines]))
+        print(text)
 
 
 def train(args: argparse.Namespace, group: processes.Processes) -> dict:

@@ -94,9 +94,7 @@ def one_sentence(script: str, debug: bool) -> Iterator[None]:
         elif isinstance(error, ImportError):
             text += "; pip install -r requirements.txt"
         elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text:
-            text = (
-                f"found too little memory ({text}); smaller patches and batches, and fewer workers need less"
-            )
+            text = f"found too little memory ({text}); smaller patches, batches, and fewer workers need less"
         elif isinstance(error, RuntimeError):
             text += " (--debug shows the place)"
         raise SystemExit(f"{script}: {text}") from error

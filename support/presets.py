@@ -9,6 +9,7 @@ The numbers are those of the authors' published code, except where a line is mar
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -49,6 +50,7 @@ class Preset:
         epochs, iterations, batch_size: number of epochs, of batches in each, of patches in a batch.
         lr, weight_decay, adam_eps, clip: settings of AdamW, and the largest norm of the gradient.
         mask_weight: weight of the two losses on the final masks.
+        init: checkpoint to start from, as `--init`; "" for none.
         home, tree: the place to get the files, and the folders that we expect.
     """
 
@@ -65,6 +67,7 @@ class Preset:
     adam_eps: float = 1e-8
     clip: float = 12.0
     mask_weight: float = 1.5
+    init: str = ""
     home: str = ""
     tree: str = ""
 
@@ -74,8 +77,9 @@ HEART = Task(("background", "RV", "Myo", "LV"), ("MR",), ("MR",), flip_axes=(1, 
 HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,_gt}.nii.gz,...}"
 # fmt: off
 PRESETS = {
-    "phantom": Preset(  # Ours: sizes and schedule that take minutes on two cores
-        HEART, (2, 80, 80), (160, 160), 8, sam="tiny", epochs=12, batch_size=1,
+    "phantom": Preset(  # Ours: sizes, schedule and a start that take minutes on two cores
+        HEART, (2, 80, 80), (160, 160), 8, sam="tiny", epochs=4, batch_size=1,
+        init=str(Path(__file__).parents[1] / "checkpoints/hippocampus-tiny.pt"),
         home="support/phantom.py, which writes it", tree=HEART_TREE),
     "acdc": Preset(  # Release: all numbers
         HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,
@@ -107,14 +111,17 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take an hour or two on two cores.
     On a GPU ("cuda", "cuda:1") a batch has 4 patches, or 8 small ones; an H100 takes 10 to 20 minutes.
     """
-    if sam not in LIGHT_SCALES or sam == preset.sam:
+    if sam == preset.sam:
+        return preset
+    preset = dataclasses.replace(preset, init="")
+    if sam not in LIGHT_SCALES:
         return preset
     depth, *patch = preset.patch_size
     size = [max(patch) <= 64, max(patch) <= 96, True].index(True)  # 0 small, 1 middle, 2 large
     scale = LIGHT_SCALES[sam][size]
     height, width = (side if size == 0 else min(-(-side // 16) * 16, 160) for side in patch)  # up to 16s
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": (scale * height, scale * width)}
-    epochs = min(preset.epochs, 60 if size == 0 else 36 if sam == "tiny" else 20)
+    epochs = 60 if size == 0 else 36 if sam == "tiny" else 20
     batch = (8 if size == 0 else 4) if device.startswith("cuda") else 1
     return dataclasses.replace(preset, sam=sam, epochs=epochs, iterations=250, batch_size=batch, **sizes)
 

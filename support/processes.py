@@ -52,15 +52,12 @@ class Processes:
 
 def join(device: str | None) -> Processes:
     """Join the processes that torchrun started, if it did. ValueError: one device for all was asked for."""
-    rank, local_rank, world = (
-        int(os.environ.get(n, d)) for n, d in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), "001")
-    )
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    rank, local_rank, world = (int(os.environ.get(name, value)) for name, value in defaults.items())
     if world == 1:
         return Processes()
     if device and ":" in device:
-        raise ValueError(
-            f"--device: found {device}, expected cuda: each of {world} processes has its own GPU"
-        )
+        raise ValueError(f"--device: found {device}, expected cuda: each of {world} processes has its GPU")
     gpus = torch.cuda.is_available() and device != "cpu"
     if gpus:
         torch.cuda.set_device(local_rank)

@@ -26,7 +26,8 @@ if _stand_in:
     if (_spec := importlib.util.find_spec("segment_anything")) is None:
         raise ImportError("the package segment-anything is missing: pip install -r requirements.txt")
     sys.modules["segment_anything"] = importlib.util.module_from_spec(_spec)
-from segment_anything import build_sam, modeling  # noqa: E402
+from segment_anything import modeling  # noqa: E402
+from segment_anything.build_sam import sam_model_registry  # noqa: E402
 from segment_anything.modeling.image_encoder import window_partition, window_unpartition  # noqa: E402, F401
 
 if _stand_in:
@@ -70,7 +71,7 @@ _META_FILES = {
 }
 # fmt: off
 BACKBONES = {"tiny": Backbone(_build_tiny)} | {
-    name: Backbone(build_sam.sam_model_registry[name], file, sha256, _META + file)
+    name: Backbone(sam_model_registry[name], file, sha256, _META + file)
     for name, (file, sha256) in _META_FILES.items()
 } | {
     # MobileSAM was distilled from SAM ViT-H. Its file has the classifier of an earlier training.
@@ -156,5 +157,5 @@ def resample_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Ten
     """Resample SAM's learnt positions (1, h, w, width) to another grid. Ours: bicubic, antialiased."""
     if tuple(embedding.shape[1:3]) == tuple(grid):
         return embedding
-    channels_first = embedding.permute(0, 3, 1, 2)
+    channels_first = embedding.float().permute(0, 3, 1, 2)
     return F.interpolate(channels_first, grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1)

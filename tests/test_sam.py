@@ -19,6 +19,21 @@ def test_torchvision_is_not_imported_and_no_stand_in_for_segment_anything_stays_
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
+def test_a_program_that_has_imported_segment_anything_itself_can_import_ours_too():
+    """MONAI does so beside torchvision. The package then has a function `build_sam`, not a module."""
+    code = """if True:
+        import sys, types
+        parts = "torchvision", "torchvision.transforms", "torchvision.transforms.functional"
+        boxes = "torchvision.ops", "torchvision.ops.boxes"
+        sys.modules |= {name: types.ModuleType(name) for name in parts + boxes}
+        for name in ("resize", "to_pil_image", "batched_nms", "box_area"):
+            setattr(sys.modules[(parts if name in ("resize", "to_pil_image") else boxes)[-1]], name, None)
+        import segment_anything
+        assert not isinstance(segment_anything.build_sam, types.ModuleType)
+        import support.sam"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
 def test_position_embedding_is_resampled_not_cropped():
     ramp = torch.linspace(0, 1, 64)
     embedding = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"), dim=-1)[None]

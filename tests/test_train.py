@@ -15,7 +15,8 @@ import torch
 import evaluate
 import train
 from support import layouts, metrics, nifti, phantom
-from support.presets import PRESETS
+from support.presets import PRESETS, recipe
+from support.sam import resample_position_embedding
 
 SMALL = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --lr 1e-3".split()
 SMALL += "--val-every 2 --val-cases 2".split()
@@ -173,17 +174,32 @@ def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
     more = [*SHORT, *sizes, "--queries", "6", "--init", str(best), "--lr", "1e-30"]  # so that nothing moves
     _, last = run(root, "init", *more)
     old, new = torch.load(best, weights_only=True)["state"], last["state"]
+    positions = "sam.image_encoder.pos_embed"
+    old[positions] = resample_position_embedding(old[positions], new[positions].shape[1:3])
     fits = {key for key in new if key in old and new[key].shape == old[key].shape}
-    assert 0 < len(fits) < len(new) and all(torch.allclose(old[key], new[key], 0, 1e-20) for key in fits)
+    assert positions in fits and len(fits) < len(new)
+    assert all(torch.allclose(old[key], new[key], 0, 1e-20) for key in fits)
     printed = capsys.readouterr().out
-    assert f"{len(fits)} of {len(new)} tensors fit\n          of another shape, not loaded: " in printed
-    assert all(key in printed for key in new.keys() - fits)
+    assert f"{len(fits)} of {len(new)} tensors fit\n          new: " in printed
+    for kind, rest in (("new", new.keys() - fits), ("not used", old.keys() - fits)):
+        line, parts = printed.split(f"{kind}: ")[1].splitlines()[0], [key.split(".")[0] for key in rest]
+        assert parts and all(f"{part} ({parts.count(part)})" in line for part in parts)
     assert json.loads(Path("runs/phantom-init/config.json").read_text())["arguments"]["init"] == str(best)
     content = torch.load(best, weights_only=True)
     content["config"]["sam"] = "vit_b"
     torch.save(content, "other.pt")
     with pytest.raises(SystemExit, match="other.pt: found the backbone vit_b, expected tiny"):
         run(root, "other", *SHORT, "--init", "other.pt")
+
+
+def test_the_phantom_starts_from_the_shipped_checkpoint_unless_it_is_told_not_to(root, quick):
+    bias = []
+    for start in ([], ["--init", "none"]):
+        args = train.parse_arguments(["--root", str(root), *SMALL, *SHORT, *start])
+        bias.append(train.Run(args, train.processes.Processes()).model.sam.mask_decoder.iou_token.weight)
+    shipped = torch.load(PRESETS["phantom"].init, weights_only=True)["state"]
+    assert torch.equal(bias[0], shipped["sam.mask_decoder.iou_token.weight"].float()) and args.init is None
+    assert not torch.equal(*bias) and recipe(PRESETS["phantom"], "mobile_sam").init == ""
 
 
 def test_a_validation_costs_at_most_a_tenth_of_the_training(root, quick):

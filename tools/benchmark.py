@@ -140,9 +140,8 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for sam in args.sam or [PRESETS[name].sam, *(LIGHT_SCALES if on_gpu else [])]:
             bench = Bench(*choose(args, name, sam), args)
             rows[f"{name} {sam}"] = row = bench.row(CASES[name], tflop / seconds)
-            print(
-                f"{name + ' ' + sam:20s}" + "".join(f"{number:12.4g}" for number in row.values()), flush=True
-            )
+            numbers = "".join(f"{number:12.4g}" for number in row.values())
+            print(f"{name + ' ' + sam:20s}{numbers}", flush=True)
     return rows
 
 
@@ -171,12 +170,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = files.make_parser(__doc__, "device", device=files.default_device())
     add = parser.add_argument
     add("--data", nargs="+", choices=PRESETS, help="presets (default: phantom; on a GPU the others)")
-    add(
-        "--sam",
-        nargs="+",
-        choices=BACKBONES,
-        help="backbones (default: the preset's; on a GPU the light ones too)",
-    )
+    add("--sam", nargs="+", choices=BACKBONES, help="backbones (default: the preset's; GPU: light ones too)")
     add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size", help="patch in voxels")
     add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="input size of SAM")
     add("--queries", type=int, dest="num_queries", help="number of queries N")
