@@ -130,7 +130,8 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[tuple]]], labels: Sequence[str]
 
 def _start(titles: Sequence[str], columns: int, **place) -> tuple[plt.Figure, list[np.ndarray]]:
     """Begin a figure of rows with a title each. Return it, and the panels (columns,) of each row."""
-    figure = plt.figure(figsize=(PANEL * columns, (PANEL + 0.6) * len(titles)), layout="constrained")
+    width = max(PANEL * columns, 0.09 * max(map(len, titles)))  # inches; titles of 10 points must fit
+    figure = plt.figure(figsize=(width, (PANEL + 0.6) * len(titles)), layout="constrained")
     for part, title in zip(figure.subfigures(len(titles), squeeze=False).flat, titles):
         part.suptitle(title, fontsize=10, fontweight="bold", **place)
         for axis in part.subplots(1, columns, squeeze=False).flat:

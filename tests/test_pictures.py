@@ -167,3 +167,10 @@ def test_viewers_get_an_id_a_name_and_a_colour_for_each_class(tmp_path):
         assert entry["id"] == i and [*map(str, entry["colour"])] == rows[i][1:4] == table[i, 2:5].tolist()
     drawn = matplotlib.colors.to_rgb(pictures._colours(["background", "left lung", "RV"])[2])
     assert plain["RV"]["colour"] == [round(255 * part) for part in drawn]
+
+
+def test_a_long_title_of_a_single_panel_is_not_cut_off():
+    figure, _ = pictures._start(["median: hippocampus_338, mean Dice 0.874, HD95 1.4 mm"], 1)
+    figure.draw_without_rendering()
+    title = figure.subfigs[0]._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
