@@ -40,12 +40,8 @@ PARTS = ("sam", "stem", "encoder_adapters", "decoder_adapters", "prompt_generato
 # Millions of trained and of frozen parameters, in table 5 and in the networks that the Release builds.
 PUBLISHED = {"paper": (14, 91), "release, ACDC (ViT-B)": (21.4, 93.7), "release, AMOS (ViT-H)": (66, 641)}
 # Ours: the size (D, H, W) in voxels of the case whose prediction is timed.
-CASES = {
-    "phantom": (9, 112, 112),
-    "acdc": (10, 256, 216),
-    "synapse": (150, 512, 512),
-    "amos": (100, 512, 512),
-}
+CASES = {"phantom": (9, 112, 112), "acdc": (10, 256, 216)}
+CASES |= {"synapse": (150, 512, 512), "amos": (100, 512, 512)}
 SIZES = ("patch_size", "encoder_size", "num_queries", "batch_size")
 TITLES = ("batch", "ms/step", "TFLOP/step", "% of peak", "GiB", "patches/s", "hours", "on 8 cards", "s/case")
 
