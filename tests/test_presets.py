@@ -30,7 +30,7 @@ def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
     assert tiny.task is acdc.task and tiny.num_queries == acdc.num_queries
     assert [recipe(acdc, "mobile_sam", device).batch_size for device in ("cpu", "cuda:1")] == [1, 4]
     small = folder_preset(acdc.task, [(36, 50, 35)])
-    assert recipe(small, "tiny", "cuda") == dataclasses.replace(recipe(small, "tiny"), batch_size=8)
+    assert recipe(small, "tiny", "cuda") == dataclasses.replace(recipe(small, "tiny"), batch_size=32)
     assert recipe(acdc, "vit_h", "cuda") == acdc and recipe(PRESETS["phantom"], "tiny") is PRESETS["phantom"]
 
 
