@@ -78,8 +78,8 @@ HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,
 # fmt: off
 PRESETS = {
     "phantom": Preset(  # Ours: sizes, schedule and a start that take minutes on two cores
-        HEART, (2, 80, 80), (160, 160), 8, sam="tiny", epochs=4, batch_size=1,
-        init=str(Path(__file__).parents[1] / "checkpoints/hippocampus-tiny.pt"),
+        HEART, (2, 80, 80), (160, 160), 8, sam="tiny", epochs=3, iterations=200, batch_size=2,
+        init=str(Path(__file__).parents[1] / "checkpoints/hippocampus-tiny-flips.pt"),
         home="support/phantom.py, which writes it", tree=HEART_TREE),
     "acdc": Preset(  # Release: all numbers
         HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,

@@ -36,7 +36,7 @@ def test_a_row_follows_from_its_measurements():
     made.measure = lambda run: (16.0, seconds[run](), 3.0)
     row = made.row((2, 32, 48), peak=4.0)  # two windows along W, flipped in plane
     assert tuple(row) == benchmark.TITLES
-    hours = [3000 * 8 / 3600, 3000 * 2 / 3600]
+    hours = [made.preset.epochs * made.preset.iterations * s / 3600 for s in (8, 2)]
     assert [*row.values()] == pytest.approx([16, 8000, 16, 50, 3, 2, *hours, 2 * 4 * 4 / 16])
 
 
