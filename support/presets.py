@@ -108,9 +108,9 @@ LIGHT_SCALES = {"tiny": (4, 3, 2), "mobile_sam": (4, 3, 3), "lite_medsam": (2, 1
 def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     """Return a preset with sizes and schedule for a light image encoder; others keep all but `init`.
 
-    Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two cores.
-    On a GPU ("cuda", "cuda:1") a batch has 4 patches, or 32 small ones, which take an H100 no longer than 8:
-    10 to 25 minutes in all.
+    Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
+    cores. On a GPU ("cuda", "cuda:1") a batch has 4 patches, or 32 small ones, which take an H100 no longer
+    than 8: 10 to 25 minutes in all.
     """
     if sam == preset.sam:
         return preset
