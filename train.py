@@ -96,6 +96,8 @@ def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes
     """
     args.sam, given = args.sam or preset.sam, args.batch_size
     args.device = args.device or files.default_device()
+    if args.variant != "b9":  # The weights that a preset starts from are those of b9.
+        args.init = args.init or "none"
     for name, value in vars(recipe(preset, args.sam, args.device)).items():
         if name not in ("task", "home", "tree") and getattr(args, name, None) is None:
             setattr(args, name, value)

@@ -195,13 +195,15 @@ def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
 
 
 def test_the_phantom_starts_from_the_shipped_checkpoint_unless_it_is_told_not_to(root, quick):
-    bias = []
-    for start in ([], ["--init", "none"]):
+    tokens = []
+    for start in ([], ["--init", "none"], ["--variant", "b4"]):
         args = train.parse_arguments(["--root", str(root), *SMALL, *SHORT, *start])
-        bias.append(train.Run(args, train.processes.Processes()).model.sam.mask_decoder.iou_token.weight)
+        tokens.append(train.Run(args, train.processes.Processes()).model.sam.mask_decoder.iou_token.weight)
+        assert (args.init is None) == bool(start)
     shipped = torch.load(PRESETS["phantom"].init, weights_only=True)["state"]
-    assert torch.equal(bias[0], shipped["sam.mask_decoder.iou_token.weight"].float()) and args.init is None
-    assert not torch.equal(*bias) and recipe(PRESETS["phantom"], "mobile_sam").init == ""
+    assert torch.equal(tokens[0], shipped["sam.mask_decoder.iou_token.weight"].float())
+    assert not any(torch.equal(tokens[0], token) for token in tokens[1:])
+    assert recipe(PRESETS["phantom"], "mobile_sam").init == ""
 
 
 def test_a_validation_costs_at_most_a_tenth_of_the_training(root, quick):
