@@ -31,7 +31,7 @@ from prompt_generator import GivenBoxes, PromptGenerator, resize
 from support.attention import attention
 from support.checkpoints import read_checkpoint
 from support.sam import BACKBONES, file_sha256, find_sam_file, load_sam, resample_position_embedding
-from support.tiny_vit import DEPTHS, WIDTHS, ConvBlock, TinyViT
+from support.tiny_vit import ConvBlock, TinyViT
 
 
 class ModalityStem(nn.Module):
@@ -68,7 +68,7 @@ class ModalityStem(nn.Module):
 class MaskSAM(nn.Module):
     """The whole network of fig. 2. It starts with random weights; `build_model` loads the pre-trained SAM.
 
-    A pre-trained SAM is frozen. Ours: `tiny` has no such weights and trains whole, but for parts never read.
+    A pre-trained SAM is frozen. Ours: one that has no such weights trains whole, but for parts never read.
     """
 
     def __init__(self, config: MaskSAMConfig):
@@ -279,8 +279,8 @@ class TinyViTEncoder(ViTEncoder):
     block_adapters, scales = TinyViTBlockAdapters, (1, 1, 1, 2, 4)
 
     def __init__(self, encoder: TinyViT, grid: tuple[int, int]):
-        self.encoder, self.width, self.tap_dims = encoder, WIDTHS[0], list(WIDTHS)
-        self.block_dims = [dim for dim, blocks in zip(WIDTHS[1:], DEPTHS[1:]) for _ in range(blocks)]
+        self.encoder, self.width, self.tap_dims = encoder, encoder.widths[0], list(encoder.widths)
+        self.block_dims = [dim for dim, n in zip(encoder.widths[1:], encoder.depths[1:]) for _ in range(n)]
         self.stages = [(stage.blocks, stage.downsample) for stage in encoder.layers]
 
 

@@ -84,8 +84,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-overlap", type=float, help="overlap of their windows (default: for a tenth of its time)")
     add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
     add("--resume", action="store_true", help="continue from last.pt of this run, if there is one")
-    init = "checkpoint whose tensors are loaded first, if they fit (default: none, but for the phantom)"
-    add("--init", metavar="FILE|none", help=init)
+    add("--init", metavar="FILE", help="checkpoint whose tensors are loaded first, if they fit")
     return parser.parse_args(argv)
 
 
@@ -96,12 +95,9 @@ def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes
     """
     args.sam, given = args.sam or preset.sam, args.batch_size
     args.device = args.device or files.default_device()
-    if args.variant != "b9":  # The weights that a preset starts from are those of b9.
-        args.init = args.init or "none"
     for name, value in vars(recipe(preset, args.sam, args.device)).items():
         if name not in ("task", "home", "tree") and getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.init = None if args.init in ("", "none") else args.init
     args.name = args.name or (args.sam if args.fold is None else f"{args.sam}-fold{args.fold}")
     args.name += layouts.box_source_suffix(args.prompts)  # The name says that a run is not automatic.
     args.amp = args.amp or files.default_amp(args.device)
@@ -254,7 +250,6 @@ def resume(run: Run) -> bool:
     if content is None:
         return False
     old = content["config"] | content["plan"] | content["schedule"]
-    old["batch_size"] = old.get("batch_size", 0) * old.pop("processes", 1)  # Older files: per process.
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
     if (epochs := new["epochs"]) > old.get("epochs", epochs):
         if run.group.rank == 0:

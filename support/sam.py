@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.tiny_vit import TinyViT
+from support.tiny_vit import SMALL, TinyViT
 
 # The package's __init__ imports torchvision, which SAM's network does not need. A module made of the
 # package's spec, but never run, stands in for the package while its torch-only submodules are imported.
@@ -74,6 +74,10 @@ BACKBONES = {"tiny": Backbone(_build_tiny)} | {
     name: Backbone(sam_model_registry[name], file, sha256, _META + file)
     for name, (file, sha256) in _META_FILES.items()
 } | {
+    # Ours: as `tiny`, with a small TinyViT. It begins with convolutions and learns from fewer patches.
+    "tiny_pyramid": Backbone(lambda: _build_around(
+        TinyViT(256, patch=2, out_dim=64, shape=SMALL, trains=True), dim=64, heads=4, mlp_dim=256, grid=32,
+    ), stride=8),
     # MobileSAM was distilled from SAM ViT-H. Its file has the classifier of an earlier training.
     "mobile_sam": Backbone(
         lambda: _build_around(TinyViT(1024, patch=4, num_classes=1000)), "mobile_sam.pt",

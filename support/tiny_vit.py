@@ -19,14 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (None, 4, 5, 10), (None, 7, 14, 7)
+# Widths, depths, heads and windows of the four stages. Stage 0 has neither heads nor windows.
+PUBLISHED = (64, 128, 160, 320), (2, 2, 6, 2), (None, 4, 5, 10), (None, 7, 14, 7)
+SMALL = (24, 48, 64, 96), (1, 1, 2, 1), (None, 2, 4, 4), (None, 7, 7, 7)  # Ours, for `tiny_pyramid`
 
 
 class ConvNorm(nn.Module):
     """A convolution and a batch norm, on (S, h, w, C).
 
     Ours: the norm uses its stored statistics in training too, as the backbone is frozen. It is then a factor
-    and an offset of the convolution: one operation, with no activation kept in between.
+    and an offset of the convolution: one operation, with no activation kept in between. A backbone that
+    trains from random weights has no such statistics: its norm is a LayerNorm over the channels.
     """
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
@@ -37,19 +40,27 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(S, h, w, in_dim) -> (S, h / stride, w / stride, out_dim)."""
         conv, norm = self.c, self.bn
-        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight, bias = conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
-        x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, conv.stride, conv.padding, groups=conv.groups)
-        return x.permute(0, 2, 3, 1)
+        weight, bias, trains = conv.weight, None, isinstance(norm, nn.LayerNorm)
+        if not trains:
+            factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight, bias = weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
+        if conv.kernel_size == (1, 1):  # a CPU is faster with a linear layer
+            x = F.linear(x, weight.flatten(1), bias)
+        else:
+            x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, conv.stride, conv.padding, groups=conv.groups)
+            x = x.permute(0, 2, 3, 1)
+        return norm(x) if trains else x
 
 
 class PatchEmbed(nn.Module):
-    """Two convolutions from pixels to tokens of width `dim`, one per patch x patch pixels (4 or 1)."""
+    """Two convolutions from pixels to tokens of width `dim`, one per patch x patch pixels (4, 2 or 1)."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
-        sizes = {4: (3, 2), 1: (1, 1)}[patch]  # kernel and stride of both
-        self.seq = nn.Sequential(ConvNorm(3, dim // 2, *sizes), nn.GELU(), ConvNorm(dim // 2, dim, *sizes))
+        first, second = {4: ((3, 2), (3, 2)), 2: ((3, 2), (3, 1)), 1: ((1, 1), (1, 1))}[
+            patch
+        ]  # kernel, stride
+        self.seq = nn.Sequential(ConvNorm(3, dim // 2, *first), nn.GELU(), ConvNorm(dim // 2, dim, *second))
 
     def forward(self, image: Tensor) -> Tensor:
         """(S, 3, H, W) -> (S, H / patch, W / patch, dim)."""
@@ -136,33 +147,39 @@ class TinyViT(nn.Module):
 
     Args:
         img_size: side of the pictures of its training in pixels; SAM's `preprocess` pads to it.
-        patch: pixels of a token's side in stage 0, 4 or 1.
+        patch: pixels of a token's side in stage 0: 4, 2 or 1.
         num_classes: of a classifier that is never read; MobileSAM's file has one.
+        out_dim, shape: channels of the neck; `PUBLISHED` or `SMALL`.
+        trains: whether the weights are trained, not loaded; see `ConvNorm`.
     """
 
-    def __init__(self, img_size: int = 1024, patch: int = 4, num_classes: int = 0):
+    def __init__(self, img_size=1024, patch=4, num_classes=0, out_dim=256, shape=PUBLISHED, trains=False):
         super().__init__()
-        self.img_size, self.stride = img_size, 4 * patch
-        self.patch_embed = PatchEmbed(WIDTHS[0], patch)
+        widths, depths, heads, windows = shape
+        self.img_size, self.stride, self.widths, self.depths = img_size, 4 * patch, widths, depths
+        self.patch_embed = PatchEmbed(widths[0], patch)
         self.layers = nn.ModuleList()
-        for i, (dim, next_dim, depth) in enumerate(zip(WIDTHS, [*WIDTHS[1:], None], DEPTHS)):
+        for i, (dim, next_dim, depth) in enumerate(zip(widths, [*widths[1:], None], depths)):
             kind = TransformerBlock if i else ConvBlock
-            sizes = (dim, HEADS[i], WINDOWS[i]) if i else (dim, 4 * dim, dim)
+            sizes = (dim, heads[i], windows[i]) if i else (dim, 4 * dim, dim)
             stage = nn.Module()
             stage.blocks = nn.ModuleList(kind(*sizes) for _ in range(depth))
             stage.downsample = Merge(dim, next_dim, next_dim, 1 if i == 2 else 2) if next_dim else None
             self.layers.append(stage)
         if num_classes:
-            self.norm_head, self.head = nn.LayerNorm(WIDTHS[-1]), nn.Linear(WIDTHS[-1], num_classes)
+            self.norm_head, self.head = nn.LayerNorm(widths[-1]), nn.Linear(widths[-1], num_classes)
         self.neck = nn.Sequential(
-            nn.Conv2d(WIDTHS[-1], 256, kernel_size=1, bias=False),
-            ChannelNorm(256, eps=1e-6),
-            nn.Conv2d(256, 256, kernel_size=3, padding=1, bias=False),
-            ChannelNorm(256, eps=1e-6),
+            nn.Conv2d(widths[-1], out_dim, kernel_size=1, bias=False),
+            ChannelNorm(out_dim, eps=1e-6),
+            nn.Conv2d(out_dim, out_dim, kernel_size=3, padding=1, bias=False),
+            ChannelNorm(out_dim, eps=1e-6),
         )
+        for layer in self.modules():
+            if trains and isinstance(layer, ConvNorm):
+                layer.bn = nn.LayerNorm(layer.c.out_channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(S, 3, H, W), sides multiples of `stride` -> (S, 256, H / stride, W / stride)."""
+        """(S, 3, H, W), sides multiples of `stride` -> (S, out_dim, H / stride, W / stride)."""
         x = self.patch_embed(image)
         for stage in self.layers:
             for block in stage.blocks:

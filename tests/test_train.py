@@ -15,7 +15,7 @@ import torch
 import evaluate
 import train
 from support import layouts, metrics, nifti, phantom
-from support.presets import PRESETS, recipe
+from support.presets import PRESETS
 from support.sam import resample_position_embedding
 
 SMALL = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --lr 1e-3".split()
@@ -113,7 +113,6 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick,
 
 def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
     short, content = run(root, "longer", *SHORT)
-    content["schedule"]["processes"] = 1  # as in older files, whose batches were those of one process
     content["plan"]["decisions"] = ["The same in other words."]
     torch.save(content, "runs/phantom-longer/last.pt")
     log, last = run(root, "longer", *SHORT, "--epochs", "2", "--resume")
@@ -192,18 +191,6 @@ def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
     torch.save(content, "other.pt")
     with pytest.raises(SystemExit, match="other.pt: found the backbone vit_b, expected tiny"):
         run(root, "other", *SHORT, "--init", "other.pt")
-
-
-def test_the_phantom_starts_from_the_shipped_checkpoint_unless_it_is_told_not_to(root, quick):
-    tokens = []
-    for start in ([], ["--init", "none"], ["--variant", "b4"]):
-        args = train.parse_arguments(["--root", str(root), *SMALL, *SHORT, *start])
-        tokens.append(train.Run(args, train.processes.Processes()).model.sam.mask_decoder.iou_token.weight)
-        assert (args.init is None) == bool(start)
-    shipped = torch.load(PRESETS["phantom"].init, weights_only=True)["state"]
-    assert torch.equal(tokens[0], shipped["sam.mask_decoder.iou_token.weight"].float())
-    assert not any(torch.equal(tokens[0], token) for token in tokens[1:])
-    assert recipe(PRESETS["phantom"], "mobile_sam").init == ""
 
 
 def test_a_validation_costs_at_most_a_tenth_of_the_training(root, quick):

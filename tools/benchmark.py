@@ -32,7 +32,7 @@ from evaluate import window_starts
 from matcher import SetCriterion
 from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters
 from support import files
-from support.presets import LIGHT_SCALES, PRESETS, Preset, recipe
+from support.presets import PRESETS, SCALES, Preset, recipe
 from support.processes import peak_memory
 from support.sam import BACKBONES, store_frozen
 
@@ -43,7 +43,7 @@ PUBLISHED = {"paper": (14, 91), "release, ACDC (ViT-B)": (21.4, 93.7), "release,
 CASES = {"phantom": (9, 112, 112), "acdc": (10, 256, 216)}
 CASES |= {"synapse": (150, 512, 512), "amos": (100, 512, 512)}
 SIZES = ("patch_size", "encoder_size", "num_queries", "batch_size")
-TITLES = ("batch", "ms/step", "TFLOP/step", "% of peak", "GiB", "patches/s", "hours", "on 8 cards", "s/case")
+TITLES = ("batch", "ms/step", "TFLOP/step", "GiB", "patches/s", "hours", "s/case")
 
 
 def measure(run: Callable, device: torch.device, repeat: int) -> tuple[float, float, float]:
@@ -88,11 +88,7 @@ class Bench:
         self.model.gradient_checkpointing = self.model.needs_checkpointing(*how)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # the weights stay as they are
-        self.make_batch(preset.batch_size)
-
-    def make_batch(self, batch: int) -> None:
-        """Make the patches and the truth of the next measurements."""
-        config, (depth, *plane) = self.config, self.config.patch_size
+        batch, (depth, *plane) = preset.batch_size, config.patch_size
         self.volume = torch.randn(batch, config.num_channels, depth, *plane, device=self.device)
         labels = torch.randint(config.num_classes, (batch * depth, *plane), device=self.device)
         self.segments = label_map_to_segments(labels, config.num_classes)
@@ -110,34 +106,27 @@ class Bench:
         with self.autocast():
             return self.model.eval().predict(self.volume)
 
-    def row(self, case: tuple[int, ...], peak: float) -> dict[str, float]:
-        """Return a number for each of `TITLES`; `peak` is in TFLOP/s. Hours are those of training steps."""
+    def row(self, case: tuple[int, ...]) -> dict[str, float]:
+        """Return a number for each of `TITLES`. Hours are those of all training steps."""
         preset, batch = self.preset, len(self.volume)
         tflop, seconds, gib = self.measure(self.step)
         windows = math.prod(len(window_starts(max(n, p), p, 0.5)) for n, p in zip(case, preset.patch_size))
         windows *= 2 ** len(preset.task.flip_axes or ())
         prediction = windows * self.measure(self.predict)[1] / batch
-        self.make_batch(-(-batch // 8))  # the share of one of eight cards, without the exchange of gradients
-        hours = [preset.epochs * preset.iterations * s / 3600 for s in (seconds, self.measure(self.step)[1])]
-        share, rate = 100 * tflop / seconds / peak, batch / seconds
-        numbers = batch, 1000 * seconds, tflop, share, gib, rate, *hours, prediction
+        hours = preset.epochs * preset.iterations * seconds / 3600
+        numbers = batch, 1000 * seconds, tflop, gib, batch / seconds, hours, prediction
         return dict(zip(TITLES, numbers, strict=True))
 
 
 def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Measure and print a row for each preset and backbone. The peak is that of a square matrix product."""
-    device, rows, on_gpu = torch.device(args.device), {}, args.device != "cpu"
-    side = 8192 if on_gpu else 1024
-    a = torch.randn(side, side, device=device, dtype=files.AMP_TYPES[args.amp])
-    tflop, seconds, _ = measure(lambda: a @ a, device, 10)
-    print(f"{args.device}, {args.amp}, {torch.get_num_threads()} threads, peak {tflop / seconds:.4g} TFLOP/s")
+    """Measure and print a row for each preset and backbone."""
+    rows, on_gpu = {}, args.device != "cpu"
+    print(f"{args.device}, {args.amp}, {torch.get_num_threads()} threads")
     print(f"{'':20s}" + "".join(f"{title:>12s}" for title in TITLES))
     for name in args.data or (["acdc", "synapse", "amos"] if on_gpu else ["phantom"]):
-        for sam in args.sam or [PRESETS[name].sam, *(LIGHT_SCALES if on_gpu else [])]:
-            bench = Bench(*choose(args, name, sam), args)
-            rows[f"{name} {sam}"] = row = bench.row(CASES[name], tflop / seconds)
-            numbers = "".join(f"{number:12.4g}" for number in row.values())
-            print(f"{name + ' ' + sam:20s}{numbers}", flush=True)
+        for sam in args.sam or [PRESETS[name].sam, *(SCALES if on_gpu else [])]:
+            rows[f"{name} {sam}"] = row = Bench(*choose(args, name, sam), args).row(CASES[name])
+            print(f"{name + ' ' + sam:20s}" + "".join(f"{n:12.4g}" for n in row.values()), flush=True)
     return rows
 
 
