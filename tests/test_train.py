@@ -215,7 +215,7 @@ def test_the_validation_dice_is_the_mean_over_the_scored_classes(root, quick, mo
 
 
 def test_two_processes_equal_one_with_the_default_settings(root, quick, monkeypatch):
-    preset = dataclasses.replace(PRESETS["phantom"], sam="tiny")  # two patches, as those of the paper's data sets
+    preset = dataclasses.replace(PRESETS["phantom"], sam="tiny")  # two patches in a batch, as in the paper
     monkeypatch.setitem(PRESETS, "phantom", preset)
     (one,), _ = run(root, "one", *SHORT)
     with socket.create_server(("127.0.0.1", 0)) as free:
