@@ -75,7 +75,7 @@ HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,
 # fmt: off
 PRESETS = {
     "phantom": Preset(  # Ours: sizes and schedule that take minutes on two cores
-        HEART, (2, 80, 80), (80, 80), 8, sam="tiny_pyramid", epochs=3, iterations=240, lr=2e-3,
+        HEART, (2, 80, 80), (80, 80), 8, sam="tiny_pyramid", epochs=3, iterations=240,
         home="support/phantom.py, which writes it", tree=HEART_TREE),
     "acdc": Preset(  # Release: all numbers
         HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,
