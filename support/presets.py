@@ -105,8 +105,8 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     """Return a preset with sizes and schedule for a light image encoder; others keep all.
 
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
-    cores; `tiny_pyramid` has fewer and larger batches. On a GPU ("cuda", "cuda:1") a batch has 4 patches, or
-    32 small ones, which take an H100 no longer than 8: 10 to 25 minutes in all.
+    cores; `tiny_pyramid` has larger batches of small patches. On a GPU ("cuda", "cuda:1") a batch has 4
+    patches, or 32 small ones, which take an H100 no longer than 8: 10 to 25 minutes in all.
     """
     if sam == preset.sam or sam not in SCALES:
         return preset
@@ -117,7 +117,7 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": encoder_size, "iterations": 250}
     epochs = 60 if size == 0 else 36 if sam.startswith("tiny") else 20
     batch, lr = (32 if size == 0 else 4) if device.startswith("cuda") else 1, preset.lr
-    if sam == "tiny_pyramid":  # a higher Dice in the same minutes
+    if sam == "tiny_pyramid" and size == 0:  # a higher Dice in the same minutes
         epochs, batch, lr = epochs // 4, max(batch, 4), 2e-3
     return dataclasses.replace(preset, sam=sam, epochs=epochs, batch_size=batch, lr=lr, **sizes)
 

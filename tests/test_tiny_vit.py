@@ -56,14 +56,15 @@ def test_convolution_and_norm_are_one_operation_in_training_too(kernel, stride, 
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_backbone_without_weights_trains_the_norms_of_its_convolutions_on_each_token_alone(kernel):
-    encoder = BACKBONES["tiny_pyramid"].build().image_encoder
+    encoder = wake_sam(BACKBONES["tiny_pyramid"].build().image_encoder)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in encoder.modules())
     layer = next(m for m in encoder.modules() if isinstance(m, ConvNorm) and m.c.kernel_size[0] == kernel)
     x = torch.randn(2, 8, 6, layer.c.in_channels)
     tokens = layer(x)
     convolved = layer.c(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     mean, deviation = convolved.mean(-1, keepdim=True), convolved.std(-1, keepdim=True, correction=0)
-    torch.testing.assert_close(tokens, (convolved - mean) / deviation, rtol=0, atol=1e-2)
+    expected = (convolved - mean) / deviation * layer.bn.weight + layer.bn.bias
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("h, w", [(8, 4), (5, 7)])
