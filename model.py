@@ -403,7 +403,7 @@ class MaskSAMConfig:
 def build_model(config: MaskSAMConfig, sam_checkpoint: str | Path | None = None) -> tuple[MaskSAM, dict]:
     """Build MaskSAM around the pre-trained SAM, whose file is given or comes from torch's cache.
 
-    Returns: the model; SAM's name and the sha256 of its file (None for `tiny`), which a checkpoint records.
+    Returns: the model; SAM's name and the sha256 of its file (None without one), which a checkpoint records.
     """
     path, model = find_sam_file(config.sam, sam_checkpoint), MaskSAM(config)
     if path is not None:

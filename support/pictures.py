@@ -33,7 +33,7 @@ BOXES = {"learned box": "#ff00ff", "mask's box": "#00ffff", "box prompt": "#ffff
 # The rows of a walk, with the paper's places; {} is a shape.
 WALK = (
     "Modality stem, 2.5 i: the input x (B, C, D, H, W) = {}, and what SAM sees",
-    "Image encoder, 2.5 ii-iii, fig. 3a: a tap behind each quarter of the blocks, and the neck {}",
+    "Image encoder, 2.5 ii-iii, fig. 3a: taps, and the neck {}",
     "Prompt generator, 2.3, fig. 3b: auxiliary masks $m^{{aux}}$ (S, N, H, W) = {}, and boxes $b^{{aux}}$",
     "Mask decoder, 2.6, fig. 3c: class probabilities (S, N, K+1) = {}, from the class tokens",
     "Mask decoder, 2.6, fig. 3c: final masks (S, N, 4h, 4w) = {}, here at the size of the patch",

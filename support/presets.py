@@ -102,23 +102,23 @@ SCALES = {"tiny": (4, 3, 2), "tiny_pyramid": (1, 1, 1), "mobile_sam": (4, 3, 3),
 
 
 def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
-    """Return a preset with sizes and schedule for a light image encoder; others keep all.
+    """Return a preset with sizes and schedule for a light image encoder; others keep what is ViT-B's.
 
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
-    cores; `tiny_pyramid` has larger batches of small patches. On a GPU ("cuda", "cuda:1") a batch has 4
+    cores; `tiny_pyramid` takes small patches in batches of 4. On a GPU ("cuda", "cuda:1") a batch has 4
     patches, or 32 small ones, which take an H100 no longer than 8: 10 to 25 minutes in all.
     """
-    if sam == preset.sam or sam not in SCALES:
+    if sam == preset.sam or (sam not in SCALES and preset.sam == "vit_b"):
         return preset
     depth, *patch = preset.patch_size
     size = [max(patch) <= 64, max(patch) <= 96, True].index(True)  # 0 small, 1 middle, 2 large
     height, width = (side if size == 0 else min(-(-side // 16) * 16, 160) for side in patch)  # up to 16s
-    encoder_size = tuple(-(-SCALES[sam][size] * side // 8) * 8 for side in (height, width))  # up to eights
+    encoder_size = tuple(-(-SCALES.get(sam, (4, 4, 4))[size] * side // 8) * 8 for side in (height, width))
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": encoder_size, "iterations": 250}
     epochs = 60 if size == 0 else 36 if sam.startswith("tiny") else 20
     batch, lr = (32 if size == 0 else 4) if device.startswith("cuda") else 1, preset.lr
-    if sam == "tiny_pyramid" and size == 0:  # a higher Dice in the same minutes
-        epochs, batch, lr = epochs // 4, max(batch, 4), 2e-3
+    if sam == "tiny_pyramid" and size == 0 and batch == 1:  # a CPU: a higher Dice in the same minutes
+        epochs, batch, lr = epochs // 4, 4, 2e-3
     return dataclasses.replace(preset, sam=sam, epochs=epochs, batch_size=batch, lr=lr, **sizes)
 
 

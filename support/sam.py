@@ -37,7 +37,7 @@ PIXEL_MEAN, PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # SA
 
 
 def _build_tiny() -> nn.Module:
-    """Ours: a small SAM of the same classes, which trains from scratch, for the phantom, tests, two cores."""
+    """Ours: a small SAM of the same classes, which trains from scratch, for tests and for two cores."""
     vit = {"img_size": 256, "embed_dim": 128, "depth": 4, "num_heads": 4, "out_chans": 64, "window_size": 8}
     vit |= {"use_rel_pos": True, "global_attn_indexes": (1, 3), "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
     return _build_around(modeling.ImageEncoderViT(**vit), dim=64, heads=4, mlp_dim=256, grid=16)

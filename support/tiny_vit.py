@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
         if not trains:
             factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
             weight, bias = weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
-        if conv.kernel_size == (1, 1):  # a CPU is faster with a linear layer
+        if conv.kernel_size == conv.stride == (1, 1):  # a CPU is faster with a linear layer
             x = F.linear(x, weight.flatten(1), bias)
         else:
             x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, conv.stride, conv.padding, groups=conv.groups)
@@ -57,10 +57,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
-        first, second = {4: ((3, 2), (3, 2)), 2: ((3, 2), (3, 1)), 1: ((1, 1), (1, 1))}[
-            patch
-        ]  # kernel, stride
-        self.seq = nn.Sequential(ConvNorm(3, dim // 2, *first), nn.GELU(), ConvNorm(dim // 2, dim, *second))
+        kernel, (one, two) = 1 if patch == 1 else 3, {4: (2, 2), 2: (2, 1), 1: (1, 1)}[patch]  # two strides
+        first, second = ConvNorm(3, dim // 2, kernel, one), ConvNorm(dim // 2, dim, kernel, two)
+        self.seq = nn.Sequential(first, nn.GELU(), second)
 
     def forward(self, image: Tensor) -> Tensor:
         """(S, 3, H, W) -> (S, H / patch, W / patch, dim)."""

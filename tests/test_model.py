@@ -315,8 +315,6 @@ def test_with_given_boxes_every_class_goes_to_its_query_and_all_trains(variant):
 # ---- All of it trains, and nothing of a pre-trained SAM
 
 TRAINED = [("small", variant) for variant in ("b1", "b2", "b6", "b9")] + [("lite_medsam", "b9")]
-
-
 TRAINED += [("tiny", "b1"), ("tiny", "b2"), ("tiny", "b9"), ("tiny_pyramid", "b9")]
 
 

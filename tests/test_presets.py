@@ -34,7 +34,8 @@ def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
     pyramid = recipe(dataclasses.replace(small, patch_size=(8, 52, 36)), "tiny_pyramid")
     assert pyramid.encoder_size == (56, 40)
     assert (pyramid.epochs, pyramid.batch_size, pyramid.lr) == (15, 4, 2e-3)
-    assert recipe(acdc, "tiny_pyramid").lr == acdc.lr
+    assert recipe(acdc, "tiny_pyramid").lr == recipe(small, "tiny_pyramid", "cuda").lr == acdc.lr
+    assert recipe(PRESETS["phantom"], "vit_b").encoder_size == (320, 320)  # made for another backbone
     assert recipe(acdc, "vit_h", "cuda") == acdc
     assert recipe(PRESETS["phantom"], "tiny_pyramid") is PRESETS["phantom"]
 

@@ -2,7 +2,7 @@
 
 The patches and the weights are random, which does not change the cost.
 
-    python -m tools.benchmark --device cuda            # a table of three presets with four backbones each
+    python -m tools.benchmark --device cuda            # a table of three presets with five backbones each
     python -m tools.benchmark --device cpu             # the phantom's preset, in CPU seconds
     python -m tools.benchmark --data acdc --sam vit_b vit_h --json cost.json
     python -m tools.benchmark --queries 32             # other sizes: --patch D H W, --encoder H W, --batch B

@@ -188,7 +188,7 @@ def walk(args: argparse.Namespace) -> None:
     guide = f"""{picture.name}, slice {index + 1} of {config.patch_size[0]} in its patch
 S = B D slices, N = {n} queries, K = {len(labels)} classes, h x w = {h} x {w} tokens
 White line in the first two rows: the outline of the true objects
-A tap is the feature map behind a quarter of the encoder's blocks.
+A tap is the feature map behind a quarter of the encoder's blocks or, of a pyramid, a stage.
 Colours of taps and neck: first three principal components
 Dashed: the learned box, and the box of the auxiliary mask
 Solid: the box prompt made of them, as in fig. 5{model.prompt_generator.form}
