@@ -7,7 +7,8 @@
 
 Source: K. Wu et al., TinyViT, ECCV 2022, as changed by C. Zhang et al., Faster Segment Anything (MobileSAM),
 2023: the last merge keeps the resolution, and SAM's neck follows. LiteMedSAM (github.com/bowang-lab/MedSAM)
-makes a token of every pixel, not of 4 x 4 pixels, so its scales are 1, 1/2, 1/4, 1/4.
+makes a token of every pixel, not of 4 x 4 pixels, so its scales are 1, 1/2, 1/4, 1/4. `tiny_pyramid`, ours,
+trains from random weights and makes one of 2 x 2 pixels: its scales are 1/2, 1/4, 1/8, 1/8.
 
 Attribute names are those of the published files, which load strictly. Features are (S, h, w, C): with the
 channels innermost in memory, a token is a vector for the linear layers, and the convolutions are faster.
