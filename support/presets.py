@@ -102,13 +102,13 @@ SCALES = {"tiny": (4, 3, 2), "tiny_pyramid": (1, 1, 1), "mobile_sam": (4, 3, 3),
 
 
 def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
-    """Return a preset with sizes and schedule for a light image encoder; others keep what is ViT-B's.
+    """Return the preset of a data set for one backbone. A light one gets other sizes and another schedule.
 
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
     cores; `tiny_pyramid` takes small patches in batches of 4. On a GPU ("cuda", "cuda:1") a batch has 4
     patches, or 32 small ones, which take an H100 no longer than 8: 10 to 25 minutes in all.
     """
-    if sam == preset.sam or (sam not in SCALES and preset.sam == "vit_b"):
+    if sam == preset.sam or (sam not in SCALES and preset.sam == "vit_b"):  # It suits SAM's ViTs.
         return preset
     depth, *patch = preset.patch_size
     size = [max(patch) <= 64, max(patch) <= 96, True].index(True)  # 0 small, 1 middle, 2 large
