@@ -237,8 +237,7 @@ def check_queries(cases: Sequence[layouts.Case], plan: data.Plan, cache: Path, n
     """Raise a ValueError if a slice of the training cases has more classes than there are queries."""
     for case in cases if num_queries < len(plan.task.labels) else ():
         for number, part in enumerate(data.load_cached(case, plan, cache).label):
-            # Background may come in at the border of a patch.
-            if len(found := np.union1d(part, 0)) > num_queries:
+            if len(found := np.union1d(part, 0)) > num_queries:  # Background may come in at a patch's border.
                 found = f"found {len(found)} classes in slice {number}"
                 raise ValueError(f"{case.name}: {found}, expected at most {num_queries}: raise --queries")
 
