@@ -281,7 +281,7 @@ class PatchDataset(torch.utils.data.Dataset):
     Args:
         cases, plan, cache_dir: cases that `prepare` has written to this folder with this plan.
         patch_size, length: (D, H, W), and the number of items.
-        seed, augment: number from 0 that decides all that is random; whether patches are changed.
+        seed, augment: number from 0 that decides all that is random; factor of all probabilities of changes.
     """
 
     cases: Sequence[Case]
@@ -290,7 +290,7 @@ class PatchDataset(torch.utils.data.Dataset):
     patch_size: Shape
     length: int
     seed: int
-    augment: bool = True
+    augment: float = 1.0
 
     def __post_init__(self):
         self.files = [_cached_files(case, self.plan, self.cache_dir) for case in self.cases]
@@ -307,13 +307,13 @@ class PatchDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, index))
         case = _open_parts(*self.files[rng.integers(len(self.files))])
         low = self._corner(case["label"].shape, case["foreground"], rng)
-        angle = rng.uniform(*ROTATION[1]) if self.augment and rng.random() < ROTATION[0] else 0
-        scale = np.exp(rng.uniform(*np.log(SCALING[1]))) if self.augment and rng.random() < SCALING[0] else 1
+        angle = rng.uniform(*ROTATION[1]) if rng.random() < self.augment * ROTATION[0] else 0
+        scale = np.exp(rng.uniform(*np.log(SCALING[1]))) if rng.random() < self.augment * SCALING[0] else 1
         place = (case["minimum"], low, self.patch_size, angle, scale)
         image, label = cut(case["image"], case["label"], *place)
-        axes = [axis for axis in self.plan.task.flip_axes if self.augment and rng.random() < FLIP]
+        axes = [axis for axis in self.plan.task.flip_axes if rng.random() < self.augment * FLIP]
         image, label = image.flip([axis + 1 for axis in axes]), label.flip(axes)
-        image = change_intensities(image, rng) if self.augment else image
+        image = change_intensities(image, rng, self.augment)
         if case["boxes"] is not None:  # cut and flipped as the true label map
             _, box_labels = cut(case["image"], case["boxes"], *place)
             image = torch.cat([image, box_labels.flip(axes)[None].to(image)])
@@ -369,12 +369,12 @@ def cut(
     return patch, patch_label
 
 
-def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Change an image (C, D, H, W), all channels alike, by each kind of augmentation with its probability."""
+def change_intensities(image: Tensor, rng: np.random.Generator, augment: float = 1.0) -> Tensor:
+    """Change an image (C, D, H, W), all channels alike, by each kind with its probability times `augment`."""
 
     def draw(kind: tuple[float, tuple[float, float]]) -> float | None:
         value = rng.uniform(*kind[1])  # drawn even if it is not used, so a probability changes no other kind
-        return value if rng.random() < kind[0] else None
+        return value if rng.random() < augment * kind[0] else None
 
     if (deviation := draw(NOISE)) is not None:
         image = image + deviation * torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32))
@@ -418,21 +418,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Check, prepare or describe a data set. A problem ends with exit status 1."""
     args = parse_arguments(argv)
-    workers = args.workers or default_workers()
     with one_sentence("data.py", args.debug):
         source = find_data(args.data, args.root, args.fold, args.group, args.modality, args.flip)
         cases, cache = source.cases, Path(args.cache) / source.name
         if args.action == "prepare":
-            prepare(source, cache, workers)
+            prepare(source, cache, args.workers or default_workers())
             print(f"{cache}: found or made {sum(case.label is not None for case in cases)} prepared cases")
             return
-        measured = survey(cases, source.task, workers)
+        measured = survey(cases, source.task, args.workers or default_workers())
         counts = ", ".join(f"{name} {len(part)}" for name, part in source.splits.items())
         print(f"{source.root}: no problems in {len(cases)} cases ({counts})")
         if train := [measured[case] for case in source.splits.get("train", ())]:
             print("\n".join(make_plan(source, train).decisions))
-        else:
-            print("There are no training cases, so nothing is decided from them.")
         if args.action == "info":
             print_info(source.task, list(measured.values()))
 

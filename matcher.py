@@ -150,9 +150,8 @@ class HungarianMatcher:
         cost, on_host = table[:, :-1], table[:, -1].bool()
         num_queries = cost.shape[1]
         if (most := int(on_host.sum(-1).max())) > num_queries:
-            raise ValueError(
-                f"a slice has {most} segments but the model has {num_queries} queries: raise --queries"
-            )
+            found = f"a slice has {most} segments but the model has {num_queries} queries"
+            raise ValueError(f"{found}: raise --queries")
         # The loss or its gradient is not finite then, and train.py skips the step in all processes.
         cost = cost.nan_to_num(*[torch.finfo(cost.dtype).max] * 3)
         assigned = torch.zeros(cost.shape, dtype=torch.bool)

@@ -118,15 +118,7 @@ class PromptGenerator(nn.Module):
     """
 
     def __init__(
-        self,
-        neck_dim: int,
-        tap_dims: list[int],
-        grid: tuple[int, int],
-        patch_size: tuple[int, int],
-        num_queries: int,
-        form: str = "d",
-        mask_prompt: str = "logits",
-        scales: tuple[int, ...] | None = None,
+        self, neck_dim, tap_dims, grid, patch_size, num_queries, form="d", mask_prompt="logits", scales=None
     ):
         super().__init__()
         self.patch_size, self.num_queries = patch_size, num_queries

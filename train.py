@@ -48,6 +48,7 @@ import model
 from matcher import SetCriterion
 from support import files, layouts, metrics, nifti, processes
 from support.checkpoints import OTHER_TYPES, read_checkpoint, write_checkpoint
+from support.muon import Muon
 from support.presets import PRESETS, Preset, folder_preset, recipe
 from support.sam import BACKBONES, find_sam_file, resample_position_embedding, store_frozen
 
@@ -55,7 +56,9 @@ MAX_SKIPPED = 10  # Ours: steps in a row whose numbers are not finite, before th
 # Settings that must not change when a run is resumed, besides the model and the plan of the data. Only the
 # number of epochs may grow: the rate of the next step is then that of the longer schedule.
 SCHEDULE = ("epochs", "iterations", "batch_size", "accumulate", "lr", "weight_decay", "adam_eps", "clip")
-SCHEDULE += ("mask_weight", "amp", "seed", "prompts")
+SCHEDULE += ("mask_weight", "amp", "seed", "prompts", "optimizer", "augment")
+# Ours: both. Release: SGD with Nesterov momentum 0.99 for ACDC and Synapse, AdamW for AMOS.
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,10 +77,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--iterations", type=int, help="optimizer steps per epoch")
     add("--batch", type=int, dest="batch_size", help="patches in a batch, which all processes share")
     add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, help="muon learns faster from random weights")
     add("--lr", type=float, help="learning rate of the first step")
+    add("--augment", type=float, help="factor of the probabilities of augmentations, 0 for none")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
-    add("--compile", action="store_true", help="compile the network: slow to start, faster steps on a GPU")
     add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
     add("--val-every", type=int, help="epochs between validations (default: a tenth of all, at least 2)")
     add("--val-cases", type=int, help="validation cases while training (default: for a tenth of its time)")
@@ -104,9 +108,9 @@ def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes
     args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
     if args.val_every is None:
         args.val_every = max(2, args.epochs // 10)  # Ours
-    for option in "epochs iterations batch accumulate val-every lr workers seed".split():
+    for option in "epochs iterations batch accumulate val-every lr augment workers seed".split():
         value = vars(args)["batch_size" if option == "batch" else option.replace("-", "_")]
-        least = "0 or more" if option in ("workers", "seed") else "more than 0"
+        least = "0 or more" if option in ("augment", "workers", "seed") else "more than 0"
         if not (value > 0 or value == 0 and least == "0 or more"):
             raise ValueError(f"--{option}: found {value}, expected {least}")
     if missing := -args.batch_size % group.world:
@@ -158,8 +162,8 @@ class Run:
         self.shown: dict[str, np.ndarray] = {}  # label maps of the last validation, for the pictures
         if not resume(self) and args.init:
             start_from(self)
-        length = args.epochs * patches
-        patches = data.PatchDataset(cases, self.plan, self.cache, args.patch_size, length, args.seed)
+        how = args.patch_size, args.epochs * patches, args.seed, args.augment
+        patches = data.PatchDataset(cases, self.plan, self.cache, *how)
         options = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
         options |= {"worker_init_fn": processes.ignore_signals}
         indices = patch_indices(self.step, args, self.rank, self.world)
@@ -184,13 +188,10 @@ class Run:
             memory = files.total_memory(self.device)
             args.checkpointing = self.model.needs_checkpointing(self.share, args.amp, memory)
         self.model.gradient_checkpointing = args.checkpointing
-        if args.compile:
-            self.model.compile()
         self.criterion = SetCriterion({"mask_bce": args.mask_weight, "mask_dice": args.mask_weight})
-        # Ours: AdamW. Release: SGD with Nesterov momentum 0.99 for ACDC and Synapse, AdamW for AMOS.
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trained = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
         rates = {"lr": args.lr, "weight_decay": args.weight_decay, "eps": args.adam_eps}
-        self.optimizer = torch.optim.AdamW(trained, **rates, fused=True)
+        self.optimizer = OPTIMIZERS[args.optimizer](trained, **rates, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
 
 
@@ -237,9 +238,9 @@ def check_queries(cases: Sequence[layouts.Case], plan: data.Plan, cache: Path, n
     """Raise a ValueError if a slice of the training cases has more classes than there are queries."""
     for case in cases if num_queries < len(plan.task.labels) else ():
         for number, part in enumerate(data.load_cached(case, plan, cache).label):
-            if len(found := np.union1d(part, 0)) > num_queries:  # Background may come in at a patch's border.
-                found = f"found {len(found)} classes in slice {number}"
-                raise ValueError(f"{case.name}: {found}, expected at most {num_queries}: raise --queries")
+            if (found := len(np.union1d(part, 0))) > num_queries:  # A patch's border may be background.
+                found = f"{case.name}: found {found} classes in slice {number}"
+                raise ValueError(f"{found}, expected at most {num_queries}: raise --queries")
 
 
 def resume(run: Run) -> bool:
@@ -264,7 +265,7 @@ def resume(run: Run) -> bool:
         run.optimizer.load_state_dict(content["optimizer"])
         run.scaler.load_state_dict(content["scaler"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: found a state of another optimizer, expected AdamW's") from error
+        raise ValueError(f"{path}: found a state of another optimizer") from error
     run.best, run.sums, run.elapsed = content["best"], content["sums"], content["elapsed"]
     run.epoch, run.step = content["epoch"], content["step"]
     return True

@@ -20,13 +20,8 @@ KEYS = {"config", "sam", "plan", "state", "cases"}
 OTHER_TYPES = {"arguments": dict, "metrics": dict, "schedule": dict, "optimizer": dict, "scaler": dict}
 OTHER_TYPES |= {"sums": dict, "epoch": int, "step": int, "best": float, "elapsed": float}
 # Ours: bounds of a configuration. A damaged or foreign file cannot ask for all the memory.
-BOUNDS = {
-    "num_channels": 64,
-    "num_classes": 256,
-    "num_queries": 1024,
-    "patch_size": 1024,
-    "encoder_size": 4096,
-}
+BOUNDS = {"num_channels": 64, "num_classes": 256, "num_queries": 1024}
+BOUNDS |= {"patch_size": 1024, "encoder_size": 4096}
 
 
 def write_checkpoint(path: str | Path, content: dict) -> None:
@@ -35,9 +30,7 @@ def write_checkpoint(path: str | Path, content: dict) -> None:
     Args:
         path: file in a folder that exists.
         content: the `KEYS`, and further plain values or tensors, such as the epoch or the optimizer's state.
-    Raises:
-        OSError: the file could not be written. A file that was there before is unchanged.
-        ValueError: the state has NaN or infinity. A file that was there before is unchanged, too.
+    Raises: OSError if the disk refuses it, ValueError for NaN or infinity; an older file is then unchanged.
     """
     if name := not_finite(content.get("state", {})):
         raise ValueError(f"{path}: found numbers that are not finite in {name}, so nothing was written")
@@ -93,16 +86,13 @@ def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
             yield f"{name} {config[name]}, which is not between 1 and {bound},"
     if not isinstance(task, dict) or type(config.get("given_boxes", False)) is not bool:
         yield "no task, or given_boxes that are neither True nor False,"
-    spacing = content["plan"]["spacing"]
-    if len(spacing) != 3 or not all(
-        mm is None and i == 0 or mm is not None and 0 < mm < 1e4 for i, mm in enumerate(spacing)
-    ):
+    spacing = depth, *_ = content["plan"]["spacing"]
+    if len(spacing) != 3 or not all(mm and 0 < mm < 1e4 for mm in spacing[depth is None :]):
         yield f"the spacing {spacing}, which is not three lengths in mm,"
     intensity, ranges = content["plan"]["intensity"], content["plan"]["ranges"]
     numbers = [part for part in (*intensity, *ranges) if part is not None]
-    if len(intensity) != config["num_channels"] or not all(
-        len(four) == 4 and all(map(math.isfinite, four)) for four in numbers
-    ):
+    whole = all(len(four) == 4 and all(map(math.isfinite, four)) for four in numbers)
+    if len(intensity) != config["num_channels"] or not whole:
         yield "intensities that are not four numbers per channel,"
     names = {key: task[key] for key in ("labels", "channels")} | {"decisions": content["plan"]["decisions"]}
     names |= {key: content["cases"][key] for key in ("train", "val")}

@@ -23,8 +23,7 @@ def write_whole(path: Path, write: Callable, sync: bool = True) -> None:
     Args:
         path: file to write; its folder exists. write: called with the open binary file.
         sync: wait for the disk. Files that a checksum protects need not wait.
-    Raises:
-        OSError: the file could not be written. What was there before is still there.
+    Raises: OSError if the file could not be written. What was there before is still there.
     """
     remove_left_over(path.parent.resolve())
     temporary = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
@@ -36,9 +35,8 @@ def write_whole(path: Path, write: Callable, sync: bool = True) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(
-            f"{path} could not be written ({reason(error)}): is there space, and may you write?"
-        ) from error
+        why = f"{path} could not be written ({reason(error)}): is there space, and may you write?"
+        raise OSError(why) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -120,26 +118,15 @@ COMMON_OPTIONS = {
     "data": {"help": "name of a preset, or a folder with a dataset.json"},
     "root": {"help": "folder with the files of a preset (default: data/<preset>)"},
     "fold": {"type": fold, "help": "fold of five, 0 to 4, or all (default: the published split or fold 0)"},
-    "group": {
-        "metavar": "REGEX",
-        "help": "regular expression whose group is the patient in a case's name (default: guessed)",
-    },
-    "modality": {
-        "nargs": "+",
-        "help": "CT, MR, noNorm, rescale_to_0_1 or rgb_to_0_1, per channel (default: by the channels' names)",
-    },
-    "flip": {
-        "nargs": "*",
-        "choices": ("D", "H", "W"),
-        "help": "axes along which patches are flipped, if any (default: the training labels decide)",
-    },
+    "group": {"metavar": "REGEX", "help": "its group is the patient in a case's name (default: guessed)"},
+    "modality": {"nargs": "+", "help": "CT, MR, noNorm, rescale_to_0_1 or rgb_to_0_1 (default: by names)"},
+    "flip": {"nargs": "*", "choices": tuple("DHW"), "help": "axes of flips (default: by the labels)"},
     "cache": {"default": "cache", "help": "folder for prepared cases (default: %(default)s)"},
     "sam-checkpoint": {"help": "file with SAM's own weights (default: downloaded once)"},
     "prompts": {
         "default": "auto",
         "metavar": "auto|gt|DIR",
-        "help": "who makes the box prompts: the model (auto), the true labels (gt), or label maps of another "
-        "program in a folder (default: %(default)s)",
+        "help": "boxes: the model's, true or a folder's",
     },
     "device": {"type": device_name, "help": "cpu or cuda (default: cuda if there is a GPU)"},
     "workers": {"type": int, "help": "number of threads (default: one per core that has 4 GiB of memory)"},

@@ -198,8 +198,7 @@ def print_table(results: dict) -> None:
     scored = {name: rows.pop(name) for name in results["scored"]}
     titles = {key: title.rjust(6) for key, title in titles.items() if key in next(iter(scored.values()))}
     width = max(map(len, [*scored, *rows, "95 % from"]))
-    header = "  ".join(["class".ljust(width), *titles.values()])
-    print(header)
+    print(header := "  ".join(["class".ljust(width), *titles.values()]))
     for block in filter(None, (scored, rows, summary)):
         if block is not scored:
             print("-" * len(header))
@@ -207,8 +206,7 @@ def print_table(results: dict) -> None:
             text = name.ljust(width)
             for key, title in titles.items():
                 cell = values.get(key, "")
-                if isinstance(cell, float):
-                    cell = f"{cell:.{2 if key == 'hd95' else 4}f}"
+                cell = f"{cell:.{2 if key == 'hd95' else 4}f}" if isinstance(cell, float) else cell
                 text += "  " + str("-" if cell is None else cell).rjust(len(title))
             print(text.rstrip())
     if (origin := results.get("prompts", "auto")) != "auto":

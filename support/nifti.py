@@ -260,13 +260,11 @@ def check_case(case: Case, num_classes: int, predictions: Sequence = (), measure
     """
     problems, remarks, arrays, places = [], [], [], []
     labels = dict.fromkeys(str(path) for path in (case.label, case.box_source, *predictions) if path)
-    for number, path in enumerate((*case.images, *labels)):
+    for path in (*case.images, *labels):
         like = places[0][1] if places else None
         try:
-            if number < len(case.images):
-                array, geometry = read_image(path, like)
-            else:
-                array, geometry = read_label(path, num_classes, like)
+            image = path not in labels
+            array, geometry = read_image(path, like) if image else read_label(path, num_classes, like)
             arrays.append(array)
             places.append((path, geometry))
             remarks += [f"{path}: {sentence}" for sentence in geometry.remarks]

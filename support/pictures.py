@@ -114,8 +114,7 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[tuple]]], labels: Sequence[str]
     """Draw rows (title, panels). All panels of a row show one window at one scale.
 
     A panel is (picture, slice, kind). Kinds are "image", "truth", "prediction", and "errors": the prediction
-    with its errors, under the name of its picture. labels: class names by id. path: PNG to write. legend:
-    further (name, colour).
+    with its errors, under the picture's name. labels: names by id. path: PNG. legend: more (name, colour).
     """
     colours = _colours(labels)
     figure, grid = _start([title for title, _ in rows], max(len(panels) for _, panels in rows))

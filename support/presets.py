@@ -47,7 +47,8 @@ class Preset:
         patch_size, encoder_size: (D, H, W) in voxels; (height, width) to which each slice is resampled.
         num_queries, sam: N, the number of masks per slice; backbone, a key of `support.sam.BACKBONES`.
         epochs, iterations, batch_size: number of epochs, of batches in each, of patches in a batch.
-        lr, weight_decay, adam_eps, clip: settings of AdamW, and the largest norm of the gradient.
+        optimizer, augment: key of `train.OPTIMIZERS`; factor of the probabilities of augmentations.
+        lr, weight_decay, adam_eps, clip: settings of the optimizer, and the largest norm of the gradient.
         mask_weight: weight of the two losses on the final masks.
         home, tree: the place to get the files, and the folders that we expect.
     """
@@ -60,6 +61,8 @@ class Preset:
     epochs: int = 1000
     iterations: int = 250
     batch_size: int = 2
+    optimizer: str = "adamw"
+    augment: float = 1.0
     lr: float = 1e-3
     weight_decay: float = 3e-5
     adam_eps: float = 1e-8
@@ -75,7 +78,7 @@ HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,
 # fmt: off
 PRESETS = {
     "phantom": Preset(  # Ours: sizes and schedule that take minutes on two cores
-        HEART, (2, 80, 80), (80, 80), 8, sam="tiny_pyramid", epochs=3, iterations=240,
+        HEART, (2, 80, 80), (80, 80), 8, "tiny_pyramid", 3, 240, optimizer="muon", lr=2e-3,
         home="support/phantom.py, which writes it", tree=HEART_TREE),
     "acdc": Preset(  # Release: all numbers
         HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,
@@ -105,8 +108,8 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     """Return the preset of a data set for one backbone. A light one gets other sizes and another schedule.
 
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
-    cores; `tiny_pyramid` takes small patches in batches of 4. On a GPU ("cuda", "cuda:1") a batch has 4
-    patches, or 32 small ones, which take an H100 no longer than 8: 10 to 25 minutes in all.
+    cores, with Muon, since its weights are random; `tiny_pyramid` takes small patches in batches of 4. On a
+    GPU ("cuda", "cuda:1") a batch has 4 patches, or 32 small ones: 10 to 25 minutes of an H100, with AdamW.
     """
     if sam == preset.sam or (sam not in SCALES and preset.sam == "vit_b"):  # It suits SAM's ViTs.
         return preset
@@ -116,10 +119,11 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     encoder_size = tuple(-(-SCALES.get(sam, (4, 4, 4))[size] * side // 8) * 8 for side in (height, width))
     sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": encoder_size, "iterations": 250}
     epochs = 60 if size == 0 else 36 if sam.startswith("tiny") else 20
-    batch, lr = (32 if size == 0 else 4) if device.startswith("cuda") else 1, preset.lr
+    batch = (32 if size == 0 else 4) if device.startswith("cuda") else 1
+    how = {"optimizer": "muon" if sam.startswith("tiny") and batch == 1 else "adamw", "lr": 1e-3}
     if sam == "tiny_pyramid" and size == 0 and batch == 1:  # a CPU: a higher Dice in the same minutes
-        epochs, batch, lr = epochs // 4, 4, 2e-3
-    return dataclasses.replace(preset, sam=sam, epochs=epochs, batch_size=batch, lr=lr, **sizes)
+        epochs, batch, how = epochs // 4, 4, {"optimizer": "muon", "lr": 2e-3, "augment": 0.5}
+    return dataclasses.replace(preset, sam=sam, epochs=epochs, batch_size=batch, **how, **sizes)
 
 
 def folder_preset(task: Task, shapes: Sequence[Sequence[int]]) -> Preset:

@@ -112,18 +112,16 @@ def find_sam_file(name: str, path: str | Path | None = None) -> Path | None:
     if target.is_file():
         return target
     if backbone.url is None:
-        raise FileNotFoundError(
-            f"{target}: no such file, and no script can fetch it. Get {backbone.file} from the Google Drive "
-            "folder that github.com/bowang-lab/MedSAM names (branch LiteMedSAM): --sam-checkpoint FILE."
-        )
+        home = "the Google Drive folder that github.com/bowang-lab/MedSAM names (branch LiteMedSAM)"
+        found = f"{target}: no such file, and no script can fetch it"
+        raise FileNotFoundError(f"{found}. Get {backbone.file} from {home}: --sam-checkpoint FILE.")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:  # torch checks the sha256, and gives the file its name only when it is whole
         torch.hub.download_url_to_file(backbone.url, str(target), hash_prefix=backbone.sha256)
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"SAM {name} could not be downloaded ({error}).\n  from {backbone.url}\n  to   {target}\n"
-            "Put the file there by hand, or pass --sam-checkpoint FILE. (--sam tiny needs no weights.)"
-        ) from error
+        found = f"SAM {name} could not be downloaded ({error}).\n  from {backbone.url}\n  to   {target}\n"
+        expected = "Put the file there by hand, or pass --sam-checkpoint FILE. (--sam tiny needs no weights.)"
+        raise FileNotFoundError(found + expected) from error
     return target
 
 

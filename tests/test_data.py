@@ -214,7 +214,7 @@ def test_rotation_and_scaling_are_those_of_brute_force(angle, scale, low):
 
 @pytest.mark.parametrize("flip_axes", [(), (2,), (0, 1)])
 def test_labels_follow_the_image_and_only_given_axes_are_flipped(tmp_path, monkeypatch, flip_axes):
-    monkeypatch.setattr(data, "change_intensities", lambda image, rng: image)
+    monkeypatch.setattr(data, "change_intensities", lambda image, *_: image)
     monkeypatch.setattr(data, "ROTATION", (0.0, (0, 0)))
     image = sum(ramp((4, 16, 16), axis) * 4**axis for axis in range(3))
     label = save(tmp_path / "l.nii", (image > np.median(image)).T.astype(np.uint8))
@@ -318,9 +318,7 @@ def test_a_set_of_testing_cases_alone_is_checked_and_described_but_not_prepared(
     where = ["--data", "acdc", "--root", str(tmp_path), "--cache", str(tmp_path / "cache")]
     data.main(["info", *where])
     printed = capsys.readouterr().out
-    assert (
-        "no problems in 2 cases (testing 2)\nThere are no training cases" in printed and "slices D" in printed
-    )
+    assert "no problems in 2 cases (testing 2)\n" in printed and "slices D" in printed
     with pytest.raises(SystemExit, match="found no object in 0 training labels"):
         data.main(["prepare", *where])
 

@@ -30,11 +30,12 @@ def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
     assert tiny.task is acdc.task and tiny.num_queries == acdc.num_queries
     assert [recipe(acdc, "mobile_sam", device).batch_size for device in ("cpu", "cuda:1")] == [1, 4]
     small = folder_preset(acdc.task, [(36, 50, 35)])
-    assert recipe(small, "tiny", "cuda") == dataclasses.replace(recipe(small, "tiny"), batch_size=32)
+    on_gpu = dataclasses.replace(recipe(small, "tiny"), batch_size=32, optimizer="adamw")
+    assert recipe(small, "tiny", "cuda") == on_gpu and recipe(small, "tiny").optimizer == "muon"
     pyramid = recipe(dataclasses.replace(small, patch_size=(8, 52, 36)), "tiny_pyramid")
     assert pyramid.encoder_size == (56, 40)
-    assert (pyramid.epochs, pyramid.batch_size, pyramid.lr) == (15, 4, 2e-3)
-    assert recipe(acdc, "tiny_pyramid").lr == recipe(small, "tiny_pyramid", "cuda").lr == acdc.lr
+    assert (pyramid.epochs, pyramid.batch_size, pyramid.lr, pyramid.optimizer) == (15, 4, 2e-3, "muon")
+    assert recipe(acdc, "tiny_pyramid").lr == recipe(small, "tiny_pyramid", "cuda").lr == 1e-3
     assert recipe(PRESETS["phantom"], "vit_b").encoder_size == (320, 320)  # made for another backbone
     assert recipe(acdc, "vit_h", "cuda") == acdc
     assert recipe(PRESETS["phantom"], "tiny_pyramid") is PRESETS["phantom"]

@@ -19,7 +19,7 @@ from support.presets import PRESETS
 from support.sam import resample_position_embedding
 
 SMALL = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --lr 1e-3".split()
-SMALL += "--val-every 2 --val-cases 2".split()
+SMALL += "--val-every 2 --val-cases 2 --optimizer muon".split()
 SCHEDULE = ["--epochs", "3", "--iterations", "2"]
 SHORT = ["--epochs", "1", "--iterations", "2"]
 
@@ -130,6 +130,7 @@ def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
         (["--lr", "-1"], "--lr: found -1.0, expected more than 0"),
         (["--val-every", "0"], "--val-every: found 0, expected more than 0"),
         (["--workers", "-1"], "--workers: found -1, expected 0 or more"),
+        (["--augment", "-1"], "--augment: found -1.0, expected 0 or more"),
         (
             ["--name", "few", "--queries", "3"],
             "found 4 classes in slice ., expected at most 3",

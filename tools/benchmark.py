@@ -4,7 +4,7 @@ The patches and the weights are random, which does not change the cost.
 
     python -m tools.benchmark --device cuda            # a table of three presets with five backbones each
     python -m tools.benchmark --device cpu             # the phantom's preset, in CPU seconds
-    python -m tools.benchmark --data acdc --sam vit_b vit_h --json cost.json
+    python -m tools.benchmark --data acdc --sam vit_b vit_h
     python -m tools.benchmark --queries 32             # other sizes: --patch D H W, --encoder H W, --batch B
     python -m tools.benchmark --parameters             # table 5 for every backbone and every variant
 """
@@ -16,13 +16,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,8 +49,7 @@ def measure(run: Callable, device: torch.device, repeat: int) -> tuple[float, fl
     on_gpu, times = device.type == "cuda", []
 
     def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device) if on_gpu else None
         return time.perf_counter() if on_gpu else time.process_time()
 
     with FlopCounterMode(display=False) as counter:
@@ -163,20 +160,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: as in train.py)")
     add("--repeat", type=int, default=3, help="number of runs (default: %(default)s)")
     add("--parameters", action="store_true", help="count parameters by component, instead of measuring")
-    add("--json", help="file to write")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Measure or count, and print, as the command line says. Return the content of `--json`."""
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Measure or count, and print, as the command line says. Return the rows."""
     args = parse_arguments(argv)
     with files.one_sentence("benchmark.py", args.debug):
         args.amp = args.amp or files.default_amp(args.device)
-        rows = count(args) if args.parameters else table(args)
-        results = {"rows": rows, "arguments": vars(args), "torch": torch.__version__}
-        if args.json:
-            files.write_text(Path(args.json), json.dumps(results, indent=1))
-        return results
+        return count(args) if args.parameters else table(args)
 
 
 if __name__ == "__main__":

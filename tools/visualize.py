@@ -7,11 +7,6 @@
 Each command writes one PNG. Without --case, compare draws the worst, the median and the best case.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait sleep,
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but only after a short spin
-
 import argparse
 import json
 from collections.abc import Sequence
@@ -124,9 +119,7 @@ def compare(args: argparse.Namespace) -> None:
             maps.append(label_map)
         truth, rest = maps[0], (place.spacing, pictures.sides_of(place.frame))
         d = int(sum((truth != prediction).sum((1, 2)) for prediction in maps).argmax())
-        row = [
-            (Picture(name, image, truth, found, *rest), d, "errors") for name, found in zip(names, maps[1:])
-        ]
+        row = [(Picture(name, image, truth, own, *rest), d, "errors") for name, own in zip(names, maps[1:])]
         rows.append((titles[case.name], [(row[0][0], d, "truth"), *row]))
     pictures.draw_rows(rows, labels, args.output, pictures.ERRORS.items())
 
