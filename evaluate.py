@@ -256,7 +256,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
     how = "how other papers score absent classes (default: %(default)s)"
-    add("--metric-convention", choices=metrics.CONVENTIONS, default="masksam", dest="convention", help=how)
+    add("--metric-convention", choices=metrics.ABSENT, default="masksam", dest="convention", help=how)
     args = parser.parse_args(argv)
     given, unlabelled = args.prompts != "auto", args.input or args.submission or args.dry_run
     problems = {

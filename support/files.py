@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-# ----------------------------------------------------------------------------------------------------- files
-
 
 def write_whole(path: Path, write: Callable, sync: bool = True) -> None:
     """Write a file whole or not at all: under a temporary name first, then renamed.
@@ -70,9 +68,6 @@ def reason(error: BaseException) -> str:
     if getattr(error, "filename", None) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---------------------------------------------------------------------------------------------- command line
 
 
 @contextlib.contextmanager
@@ -153,8 +148,6 @@ def make_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
-
-# ---------------------------------------------------------------------------------------------------- device
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 

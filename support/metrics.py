@@ -34,7 +34,6 @@ ABSENT = {
     # github.com/Beckschen/TransUNet, utils.py: `calculate_metric_percase`
     "transunet": ((0, 0, np.nan), (0, 0, np.nan), (1, 0, np.nan)),
 }
-CONVENTIONS = tuple(ABSENT)
 RESAMPLES = 1000  # Ours: number of bootstrap samples
 
 
@@ -96,7 +95,7 @@ def score_maps(
     Raises: ValueError if the shapes differ, an id is not below K, or the convention is unknown.
     """
     if convention not in ABSENT:
-        raise ValueError(f"metric convention: found {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+        raise ValueError(f"metric convention: found {convention!r}, expected one of {', '.join(ABSENT)}")
     dice = dice_per_class(prediction, truth, num_classes)
     diagonal = np.linalg.norm(np.multiply(truth.shape, spacing))
     boxes = [ndimage.find_objects(labels, num_classes - 1) for labels in (truth, prediction)]

@@ -7,6 +7,7 @@
 `Geometry.of` decides which axis of a file becomes D, H and W: once, by the image. Labels follow the image.
 """
 
+import collections
 import contextlib
 import dataclasses
 import gzip
@@ -16,7 +17,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -245,12 +246,8 @@ def check_same_place(path: str, geometry: Geometry, reference_path: str, referen
         raise _problem(path, f"the affine {found} of (W, H, D)", f"{expected} as {reference_path}")
 
 
-class CaseCheck(NamedTuple):
-    """What `check_case` found: sentences that begin with a file's name, and what `measure` returned."""
-
-    problems: list[str]
-    remarks: list[str]
-    measured: object = None
+# What `check_case` found: two lists of sentences that begin with a file's name, and what `measure` returned.
+CaseCheck = collections.namedtuple("CaseCheck", "problems remarks measured", defaults=[None])
 
 
 def check_case(case: Case, num_classes: int, predictions: Sequence = (), measure=None) -> CaseCheck:

@@ -78,7 +78,7 @@ HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,
 # fmt: off
 PRESETS = {
     "phantom": Preset(  # Ours: sizes and schedule that take minutes on two cores
-        HEART, (2, 80, 80), (80, 80), 8, "tiny_pyramid", 3, 170, optimizer="muon", lr=2e-3,
+        HEART, (2, 80, 80), (80, 80), 8, "tiny_pyramid", 3, 200, optimizer="muon", lr=2e-3,
         home="support/phantom.py, which writes it", tree=HEART_TREE),
     "acdc": Preset(  # Release: all numbers
         HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,
