@@ -249,7 +249,7 @@ def resume(run: Run) -> bool:
     content = run.group.from_first(lambda: read_checkpoint(path, keys) if path.exists() else None)
     if content is None:
         return False
-    old = content["config"] | content["plan"] | content["schedule"]
+    old = {"optimizer": "adamw", "augment": 1.0} | content["config"] | content["plan"] | content["schedule"]
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
     if (epochs := new["epochs"]) > old.get("epochs", epochs):
         if run.group.rank == 0:

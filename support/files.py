@@ -121,7 +121,7 @@ COMMON_OPTIONS = {
     "prompts": {
         "default": "auto",
         "metavar": "auto|gt|DIR",
-        "help": "boxes: the model's, true or a folder's",
+        "help": "boxes: automatic, true, or of a folder",
     },
     "device": {"type": device_name, "help": "cpu or cuda (default: cuda if there is a GPU)"},
     "workers": {"type": int, "help": "number of threads (default: one per core that has 4 GiB of memory)"},

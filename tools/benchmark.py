@@ -4,7 +4,6 @@ The patches and the weights are random, which does not change the cost.
 
     python -m tools.benchmark --device cuda            # a table of three presets with five backbones each
     python -m tools.benchmark --device cpu             # the phantom's preset, in CPU seconds
-    python -m tools.benchmark --data acdc --sam vit_b vit_h
     python -m tools.benchmark --queries 32             # other sizes: --patch D H W, --encoder H W, --batch B
     python -m tools.benchmark --parameters             # table 5 for every backbone and every variant
 """
@@ -33,6 +32,7 @@ from support import files
 from support.presets import PRESETS, SCALES, Preset, recipe
 from support.processes import peak_memory
 from support.sam import BACKBONES, store_frozen
+from train import OPTIMIZERS
 
 PARTS = ("sam", "stem", "encoder_adapters", "decoder_adapters", "prompt_generator", "tokens", "total")
 # Millions of trained and of frozen parameters, in table 5 and in the networks that the Release builds.
@@ -49,7 +49,8 @@ def measure(run: Callable, device: torch.device, repeat: int) -> tuple[float, fl
     on_gpu, times = device.type == "cuda", []
 
     def now() -> float:
-        torch.cuda.synchronize(device) if on_gpu else None
+        if on_gpu:
+            torch.cuda.synchronize(device)
         return time.perf_counter() if on_gpu else time.process_time()
 
     with FlopCounterMode(display=False) as counter:
@@ -83,8 +84,8 @@ class Bench:
         store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
         how = preset.batch_size, args.amp, files.total_memory(self.device)
         self.model.gradient_checkpointing = self.model.needs_checkpointing(*how)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # the weights stay as they are
+        trained = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
+        self.optimizer = OPTIMIZERS[preset.optimizer](trained, lr=0.0, fused=True)  # no weight changes
         batch, (depth, *plane) = preset.batch_size, config.patch_size
         self.volume = torch.randn(batch, config.num_channels, depth, *plane, device=self.device)
         labels = torch.randint(config.num_classes, (batch * depth, *plane), device=self.device)
@@ -129,8 +130,7 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def count(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Count and print the parameters of every backbone, and of every variant of one backbone (table 5)."""
-    _, config = choose(args, (args.data or ["acdc"])[0], (args.sam or ["vit_b"])[0])
-    rows = {}
+    rows, (_, config) = {}, choose(args, (args.data or ["acdc"])[0], (args.sam or ["vit_b"])[0])
     print(f"{'millions':24s}" + "".join(f"{title.replace('_', ' '):>18s}" for title in (*PARTS, "frozen")))
     for name, (trained, frozen) in PUBLISHED.items():
         print(f"{name:24s}{trained:{18 * len(PARTS)}.1f}{frozen:18.1f}")
