@@ -265,7 +265,7 @@ FOREGROUND_SHARE = 1 / 3  # Ours: nnU-Net's share of patches that are centred on
 # (probability, range) of each augmentation. The kinds are nnU-Net's, and so are some of the numbers.
 ROTATION = (0.5, (-np.pi / 6, np.pi / 6))  # Ours: radians, in plane (nnU-Net: 0.2, up to pi for thick slices)
 SCALING = (0.5, (0.8, 1.25))  # Ours: in plane, uniform in the logarithm (nnU-Net: 0.2, 0.7 to 1.4)
-NOISE = (0.15, (0.0, 0.3))  # Ours: deviation, in deviations of the image (nnU-Net: 0.1, variance up to 0.1)
+NOISE = (0.15, (0.0, 0.3))  # Ours: deviation, where the image has about 1 (nnU-Net: 0.1, variance up to 0.1)
 BLUR = (0.15, (0.5, 1.0))  # Ours: sigma in pixels (nnU-Net: 0.2, 0.5 to 1)
 BRIGHTNESS = (0.15, (0.75, 1.25))  # Ours: nnU-Net's factor
 CONTRAST = (0.15, (0.75, 1.25))  # Ours: nnU-Net's factor
@@ -373,7 +373,7 @@ def change_intensities(image: Tensor, rng: np.random.Generator, augment: float =
     """Change an image (C, D, H, W), all channels alike, by each kind with its probability times `augment`."""
 
     def draw(kind: tuple[float, tuple[float, float]]) -> float | None:
-        value = rng.uniform(*kind[1])  # drawn even if it is not used, so a probability changes no other kind
+        value = rng.uniform(*kind[1])  # drawn even if it is not used
         return value if rng.random() < augment * kind[0] else None
 
     if (deviation := draw(NOISE)) is not None:

@@ -46,7 +46,7 @@ Cases = Sequence[layouts.Case]
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Return the first voxels of windows along one axis, evenly spread from one end to the other."""
     if not 0 <= overlap < 1:
-        raise ValueError(f"--overlap: found {overlap}, expected a share from 0 to below 1")
+        raise ValueError(f"overlap of windows: found {overlap}, expected a share from 0 to below 1")
     steps = -(-(length - window) // max(1, int(window * (1 - overlap))))  # rounded up
     return [round(i * (length - window) / max(steps, 1)) for i in range(steps + 1)]
 
@@ -159,11 +159,12 @@ def keep_largest_component(label: np.ndarray, class_ids: Sequence[int]) -> np.nd
 
 
 def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layouts.DataSource, Cases]:
-    """Find the cases that `args` (data, root, fold, group, split) name. Defaults are those of the training.
+    """Find the cases that `args` name. Defaults are those of the training, unless --data names another set.
 
     Raises: ValueError if one of the checkpoints (contents) was trained with a case that is to be scored.
     """
     trained = contents[0]["arguments"] if contents else {}
+    trained = trained if not args.data or Path(args.data).name == Path(trained.get("data", "")).name else {}
     args.fold = trained.get("fold") if args.fold is None else args.fold
     root = args.root if args.data or args.root else trained["root"]
     where = args.data or trained["data"], root, args.fold, args.group or trained.get("group")
@@ -233,7 +234,8 @@ def report(cases: Cases, paths: list[Path], source, args, made_with: dict, suffi
 
 def describe_box_source(where: str) -> str:
     """Return ", boxes of FOLDER" for the header of a file, which has room for 79 bytes; "" without boxes."""
-    return layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)[:45]
+    text = layouts.box_source_suffix(where).replace("-boxes-", ", boxes of ", 1)
+    return text.encode()[:45].decode(errors="ignore")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -258,11 +260,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how = "how other papers score absent classes (default: %(default)s)"
     add("--metric-convention", choices=metrics.ABSENT, default="masksam", dest="convention", help=how)
     args = parser.parse_args(argv)
-    given, unlabelled = args.prompts != "auto", args.input or args.submission or args.dry_run
+    given, predicts = args.prompts != "auto", args.input or args.submission or args.dry_run
     problems = {
         "expected either --ckpt FILE or --predictions DIR": (args.ckpt is None) == (args.predictions is None),
         "--predictions needs --data, the data set that they belong to": args.predictions and not args.data,
-        "--input, --submission and --dry-run belong to --ckpt": args.predictions and unlabelled,
+        "--input, --submission and --dry-run belong to --ckpt": args.predictions and predicts,
+        "--largest-component belongs to --ckpt": args.predictions and args.largest is not None,
         "--predictions and --submission take no --prompts": given and (args.predictions or args.submission),
         "--input needs --output, the folder for the predictions": args.input and not args.output,
         f"--batch: found {args.batch_size}, expected 1 or more": args.batch_size < 1,
@@ -304,7 +307,8 @@ class Predictor:
         self.task, self.device = self.plans[0].task, device or files.default_device()
         check_tasks({path: plan.task for path, plan in zip(paths, self.plans)})
         self.settings = {"amp": amp or files.default_amp(self.device), "overlap": 0.5} | windows
-        self.settings["mirror_axes"] = list(self.task.flip_axes) if mirror else []
+        shared = set(self.task.flip_axes).intersection(*(plan.task.flip_axes for plan in self.plans))
+        self.settings["mirror_axes"] = sorted(shared) if mirror else []
         self.settings["largest"] = class_ids(largest, self.task.labels)
         self.models = [model.to(self.device) for model in models]
         for model in self.models:
@@ -405,7 +409,7 @@ def default_folder(args: argparse.Namespace, contents: Sequence[dict], source: l
     """Return a folder beside the first checkpoint, whose name says all that is not as in the training."""
     name = f"predictions{layouts.box_source_suffix(args.prompts)}"
     name += f"-{source.name}" if source.name != contents[0]["plan"]["data"] else ""
-    name += f"-fold{args.fold}" if args.fold != contents[0]["arguments"].get("fold") else ""
+    name += f"-fold{args.fold}" if args.fold not in (None, contents[0]["arguments"].get("fold")) else ""
     if len(args.ckpt) > 1:
         paths = "\n".join(map(os.path.abspath, args.ckpt))
         name += f"-{len(args.ckpt)}models-{hashlib.sha256(paths.encode()).hexdigest()[:8]}"

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import adapters
 from prompt_generator import GivenBoxes, PromptGenerator, resize
 from support.attention import attention
-from support.checkpoints import read_checkpoint
+from support.checkpoints import BOUNDS, read_checkpoint
 from support.sam import BACKBONES, file_sha256, find_sam_file, load_sam, resample_position_embedding
 from support.tiny_vit import ConvBlock, TinyViT
 
@@ -88,6 +88,8 @@ class MaskSAM(nn.Module):
         pixels = self.sam.pixel_mean, self.sam.pixel_std, backbone.grey
         self.stem = ModalityStem(config.num_channels, config.encoder_size, *pixels)
         blocks = [encoder.block_adapters(image_adapter, width, depth) for width in encoder.block_dims]
+        convs = encoder.num_convs if config.volumetric else 0
+        blocks = [image_adapter(encoder.width, depth) for _ in range(convs)] + blocks
         kinds, layers = (image_adapter, token_adapter), decoder.transformer.layers
         layers = [DecoderBlockAdapters(*kinds, dim, depth) for _ in layers]
         self.encoder_adapters, self.decoder_adapters = nn.ModuleList(blocks), nn.ModuleList(layers)
@@ -96,7 +98,8 @@ class MaskSAM(nn.Module):
         embeddings = [shape and nn.Parameter(torch.zeros(shape)) for shape in shapes]
         self.encoder_depth_embed, self.decoder_depth_embed = embeddings
         taps, sizes = (dim, encoder.tap_dims), (config.grid, tuple(patch), config.num_queries)
-        self.prompt_generator = PromptGenerator(*taps, *sizes, form, config.mask_prompt, encoder.scales)
+        how = form, config.mask_prompt, encoder.scales, depth if config.volumetric else None
+        self.prompt_generator = PromptGenerator(*taps, *sizes, *how)
         # Ours: every query has a global class token (the release shares one), of deviation 0.02 at first.
         self.class_tokens = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
         self.classifier = nn.Linear(dim, config.num_classes + 1)
@@ -243,7 +246,7 @@ class TinyViTBlockAdapters(EncoderBlockAdapters):
 class ViTEncoder:
     """SAM's ViT for any token grid. A tap follows each quarter of its blocks: 2, 5, 8, 11 in ViT-B (2.5)."""
 
-    block_adapters, scales = EncoderBlockAdapters, None  # no scales: all taps have the size of the token grid
+    block_adapters, scales, num_convs = EncoderBlockAdapters, None, 0  # all taps are as large as the grid
 
     def __init__(self, encoder: nn.Module, grid: tuple[int, int]):  # Ours: resampled position embedding
         encoder.pos_embed = nn.Parameter(resample_position_embedding(encoder.pos_embed.detach(), grid))
@@ -254,6 +257,7 @@ class ViTEncoder:
 
     def __call__(self, x, depth_embed, insertions, recompute: bool) -> tuple[Tensor, list[Tensor]]:
         """Repeat SAM's `ImageEncoderViT.forward` on (S, 3, *encoder_size), with adapters, taps (fig. 3a)."""
+        more = isinstance(insertions[0], adapters.VanillaAdapter)  # +
         encoder, insertions, taps = self.encoder, iter(insertions), []  # +
         x = encoder.patch_embed(x)
         if getattr(encoder, "pos_embed", None) is not None:  # +
@@ -265,8 +269,10 @@ class ViTEncoder:
         # `recompute`, backward computes every block again instead of keeping its activations.
         for blocks, downsample in self.stages:  # +
             for blk in blocks:  # +
-                call = (blk, x) if isinstance(blk, ConvBlock) else (next(insertions), x, blk)  # +
+                conv = isinstance(blk, ConvBlock)  # +
+                call = (blk, x) if conv else (next(insertions), x, blk)  # +
                 x = checkpoint(*call, use_reentrant=False) if recompute else call[0](*call[1:])  # +
+                x = next(insertions)(x) if conv and more else x  # +
             taps.append(x.permute(0, 3, 1, 2))  # +
             x = x if downsample is None else downsample(x)  # +
         x = encoder.neck(x.permute(0, 3, 1, 2))
@@ -274,12 +280,14 @@ class ViTEncoder:
 
 
 class TinyViTEncoder(ViTEncoder):
-    """TinyViT. Ours: only its transformer blocks have adapters, and the taps are its stages, a pyramid."""
+    """TinyViT. Ours: its transformer blocks have adapters, its convolution blocks have one each if the model
+    is `volumetric`, and the taps are its stages, a pyramid."""
 
     block_adapters, scales = TinyViTBlockAdapters, (1, 1, 1, 2, 4)
 
     def __init__(self, encoder: TinyViT, grid: tuple[int, int]):
         self.encoder, self.width, self.tap_dims = encoder, encoder.widths[0], list(encoder.widths)
+        self.num_convs = encoder.depths[0]
         self.block_dims = [dim for dim, n in zip(encoder.widths[1:], encoder.depths[1:]) for _ in range(n)]
         self.stages = [(stage.blocks, stage.downsample) for stage in encoder.layers]
 
@@ -380,6 +388,7 @@ class MaskSAMConfig:
     encoder_size: tuple[int, int] = (1024, 1024)  # (rows, columns), multiples of the backbone's stride
     mask_prompt: str = "logits"  # or "binary": the mask prompt that SAM gets
     given_boxes: bool = False  # the boxes of the classes are given, in training and in use
+    volumetric: bool = False  # 3-D convolutions in the prompt generator and behind TinyViT's convolutions
 
     def __post_init__(self):
         for name, known in (("sam", BACKBONES), ("variant", VARIANTS), ("mask_prompt", ("logits", "binary"))):
@@ -388,11 +397,13 @@ class MaskSAMConfig:
         for name, length, multiple in (("patch_size", 3, 1), ("encoder_size", 2, BACKBONES[self.sam].stride)):
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)  # a list from a file or the command line becomes a tuple
-            if len(value) != length or any(side < 1 or side % multiple for side in value):
-                raise ValueError(f"{name} is {value}, expected {length} positive multiples of {multiple}")
-        queries = self.num_classes if self.given_boxes else 1  # given boxes need a query per class
-        if self.num_classes < 2 or self.num_channels < 1 or self.num_queries < queries:
-            raise ValueError(f"expected at least 2 classes, 1 channel and {queries} queries, found {self}")
+            if len(value) != length or not all(0 < n <= BOUNDS[name] and n % multiple == 0 for n in value):
+                expected = f"{length} positive multiples of {multiple} up to {BOUNDS[name]}"
+                raise ValueError(f"{name} is {value}, expected {expected}")
+        least = {"num_channels": 1, "num_classes": 2, "num_queries": self.num_classes}
+        for name, low in least.items():
+            if not low <= getattr(self, name) <= BOUNDS[name]:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {BOUNDS[name]}")
 
     @property
     def grid(self) -> tuple[int, int]:

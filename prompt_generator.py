@@ -17,6 +17,7 @@ the boxes of a label map; they replace generated ones ("MaskSAM (Ours) bbox" in 
 
 import math
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -59,29 +60,43 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def convolution(in_dim: int, out_dim: int) -> nn.Sequential:
-    """Build a 3 x 3 convolution, GroupNorm of 8 groups and GELU. Ours: all three."""
+class VolumeConv(nn.Conv3d):
+    """A 3 x 3 x 3 convolution of volumes of `depth` slices whose slices stand in the axis of the batch."""
+
+    def __init__(self, in_dim: int, out_dim: int, depth: int):
+        super().__init__(in_dim, out_dim, kernel_size=3, padding=1, bias=False)
+        self.depth = depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B*D, in_dim, h, w) -> (B*D, out_dim, h, w)."""
+        volumes = x.unflatten(0, (-1, self.depth)).transpose(1, 2)  # (B, in_dim, D, h, w)
+        return super().forward(volumes).transpose(1, 2).flatten(0, 1)
+
+
+def convolution(in_dim: int, out_dim: int, depth: int | None) -> nn.Sequential:
+    """Build a 3 x 3 convolution, or 3 x 3 x 3 over `depth` slices, GroupNorm of 8 groups, GELU. Ours: all."""
     conv = nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1, bias=False)
+    conv = conv if depth is None else VolumeConv(in_dim, out_dim, depth)
     return nn.Sequential(conv, nn.GroupNorm(8, out_dim), nn.GELU())
 
 
 class Level(nn.Module):
     """One step down the pyramid: convolve and upsample the map above, concatenate the tap, convolve.
 
-    Ours: both 1 x 1 convolutions come before the upsampling, where there are fewest pixels, and all are 2-D.
-    The release convolves in 3-D, at full width and size.
+    Ours: both 1 x 1 convolutions come before the upsampling, where there are fewest pixels, and all are 2-D
+    unless the model is `volumetric`. The release convolves in 3-D, at full width and size.
 
     Args:
         above_dim, tap_dim, dim: channels of the map above, of the tap and of this level.
-        size: (rows, columns) of this level's map.
+        size: (rows, columns) of this level's map. depth: D for a convolution in 3-D, or None.
     """
 
-    def __init__(self, above_dim: int, tap_dim: int, dim: int, size: tuple[int, int]):
+    def __init__(self, above_dim: int, tap_dim: int, dim: int, size: tuple[int, int], depth: int | None):
         super().__init__()
         self.size = size
         self.above = nn.Conv2d(above_dim, dim, kernel_size=1)
         self.tap = nn.Conv2d(tap_dim, dim, kernel_size=1)
-        self.merge = convolution(2 * dim, dim)
+        self.merge = convolution(2 * dim, dim, depth)
 
     def forward(self, above: Tensor, tap: Tensor) -> Tensor:
         """(S, above_dim, any, any) and (S, tap_dim, any, any) -> (S, dim, *size)."""
@@ -114,11 +129,11 @@ class PromptGenerator(nn.Module):
         grid, patch_size, num_queries: (h, w) of the tokens, (H, W) of the auxiliary masks, N.
         form: the letter of fig. 5, "a" to "d"; see `prompts`.
         mask_prompt: whether SAM gets the masks as "logits" or "binary".
-        scales: as in `level_sizes`.
+        scales: as in `level_sizes`. depth: as in `Level`.
     """
 
     def __init__(
-        self, neck_dim, tap_dims, grid, patch_size, num_queries, form="d", mask_prompt="logits", scales=None
+        self, neck_dim, tap_dims, grid, patch_size, num_queries, form, mask_prompt, scales=None, depth=None
     ):
         super().__init__()
         self.patch_size, self.num_queries = patch_size, num_queries
@@ -126,8 +141,8 @@ class PromptGenerator(nn.Module):
         # Ours: full width on the token grid, where a convolution is cheap, then half of it and a quarter.
         dims = [neck_dim] * (len(tap_dims) - 1) + [neck_dim // 2, neck_dim // 4]
         sizes = level_sizes(grid, patch_size, len(dims), scales)
-        self.neck = convolution(neck_dim, neck_dim)
-        self.levels = nn.ModuleList(map(Level, dims, reversed(tap_dims), dims[1:], sizes[1:]))
+        self.neck = convolution(neck_dim, neck_dim, depth)
+        self.levels = nn.ModuleList(map(Level, dims, reversed(tap_dims), dims[1:], sizes[1:], repeat(depth)))
         self.class_head = self._mlp(sum(dims), neck_dim, num_queries * neck_dim)
         if form != "b":
             self.mask_head = nn.Conv2d(dims[-1], num_queries, kernel_size=1)

@@ -1,12 +1,12 @@
 """Train MaskSAM with one process or several, on GPUs or a CPU (paper 3).
 
-    training cases ── PatchDataset ──> patches ── MaskSAM ── SetCriterion ── AdamW ──> last.pt
+    training cases ── PatchDataset ──> patches ── MaskSAM ── SetCriterion ── optimizer ──> last.pt
     validation cases ── evaluate.predict_case ──> Dice, and with the best Dice so far ──> best.pt
 
     python train.py                                         the phantom, some minutes on two cores
     python train.py --data acdc --root DIR                  ACDC with SAM's ViT-B on one GPU
     torchrun --nproc_per_node=8 train.py --data acdc        on eight GPUs, which share each batch
-    python train.py --data DIR --sam mobile_sam             any folder with a dataset.json, on a laptop
+    python train.py --data DIR --sam mobile_sam             any folder with a dataset.json; a light SAM
     torchrun --max-restarts=3 train.py --resume             go on from last.pt, also after crashes
     python train.py --data DIR --init FILE                  start from a checkpoint of another data set
 
@@ -80,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS, help="muon learns faster from random weights")
     add("--lr", type=float, help="learning rate of the first step")
     add("--augment", type=float, help="factor of the probabilities of augmentations, 0 for none")
+    add("--volumetric", action=argparse.BooleanOptionalAction, help="more convolutions in 3-D")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
     add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
@@ -108,10 +109,10 @@ def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes
     args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
     if args.val_every is None:
         args.val_every = max(2, args.epochs // 10)  # Ours
-    for option in "epochs iterations batch accumulate val-every lr augment workers seed".split():
+    for option in "epochs iterations batch accumulate val-every val-cases lr augment workers seed".split():
         value = vars(args)["batch_size" if option == "batch" else option.replace("-", "_")]
         least = "0 or more" if option in ("augment", "workers", "seed") else "more than 0"
-        if not (value > 0 or value == 0 and least == "0 or more"):
+        if value is not None and not (value > 0 or value == 0 and least == "0 or more"):
             raise ValueError(f"--{option}: found {value}, expected {least}")
     if missing := -args.batch_size % group.world:
         if given:
@@ -142,13 +143,12 @@ class Run:
         cases = self.source.splits["train"]
         self.cases = {split: [case.name for case in self.source.splits[split]] for split in ("train", "val")}
         shapes = data.cached_shapes(cases, self.plan, self.cache)
-        resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes), group)
+        resolve(args, PRESETS.get(args.data) or folder_preset(self.plan.task, shapes, args.sam), group)
         self.share = args.batch_size // self.world  # patches of this process in a batch
         self.device = torch.device(f"cuda:{group.local_rank}" if args.device == "cuda" else args.device)
         self.folder = Path("runs") / f"{self.source.name}-{args.name}"
         if not args.resume and (self.folder / "last.pt").exists():
             raise ValueError(f"{self.folder}: found a run; use --resume, choose another --name, or delete it")
-        check_queries(cases, self.plan, self.cache, args.num_queries)
         self.lock = processes.lock(self.folder) if self.rank == 0 else None
         self.build_network()
         patches = args.iterations * args.accumulate * args.batch_size  # of an epoch
@@ -179,8 +179,9 @@ class Run:
             torch.set_float32_matmul_precision("high")
         sizes = {"patch_size": tuple(args.patch_size), "encoder_size": tuple(args.encoder_size)}
         sizes |= {"num_channels": len(task.channels), "num_classes": len(task.labels)}
+        sizes |= {"num_queries": args.num_queries, "volumetric": args.volumetric}
         prompts = {"mask_prompt": args.mask_prompt, "given_boxes": args.prompts != "auto"}
-        config = model.MaskSAMConfig(args.sam, args.variant, num_queries=args.num_queries, **sizes, **prompts)
+        config = model.MaskSAMConfig(args.sam, args.variant, **sizes, **prompts)
         self.model, self.sam = model.build_model(config, args.sam_checkpoint)
         self.model.to(self.device)
         store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
@@ -208,7 +209,7 @@ def plan_validation(run: Run, patches: int, number=None, overlap=None, flips=())
     for overlap, flips in choices:
         starts = ([evaluate.window_starts(max(n, p), p, overlap) for n, p in zip(s, patch)] for s in shapes)
         windows = 2 ** len(flips) * sum(math.prod(map(len, each)) for each in starts)
-        if windows <= budget:
+        if windows * min(number or len(cases), len(cases)) / len(cases) <= budget:
             break
     number = min(number or max(1, int(len(cases) * min(1, budget / windows))), len(cases))
     return tuple(cases[i * len(cases) // number] for i in range(number)), overlap, flips
@@ -234,22 +235,14 @@ def open_data(args: argparse.Namespace, group: processes.Processes) -> tuple:
     return source, plan if group.rank == 0 else prepare(), cache  # Another machine may have its own cache.
 
 
-def check_queries(cases: Sequence[layouts.Case], plan: data.Plan, cache: Path, num_queries: int) -> None:
-    """Raise a ValueError if a slice of the training cases has more classes than there are queries."""
-    for case in cases if num_queries < len(plan.task.labels) else ():
-        for number, part in enumerate(data.load_cached(case, plan, cache).label):
-            if (found := len(np.union1d(part, 0))) > num_queries:  # A patch's border may be background.
-                found = f"{case.name}: found {found} classes in slice {number}"
-                raise ValueError(f"{found}, expected at most {num_queries}: raise --queries")
-
-
 def resume(run: Run) -> bool:
     """Load last.pt into a run, if there is one, and say whether. ValueError: a fixed setting has changed."""
     path, keys = run.folder / "last.pt", OTHER_TYPES.keys()
     content = run.group.from_first(lambda: read_checkpoint(path, keys) if path.exists() else None)
     if content is None:
         return False
-    old = {"optimizer": "adamw", "augment": 1.0} | content["config"] | content["plan"] | content["schedule"]
+    old = {"optimizer": "adamw", "augment": 1.0, "volumetric": False}  # of older code
+    old |= content["config"] | content["plan"] | content["schedule"]
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
     if (epochs := new["epochs"]) > old.get("epochs", epochs):
         if run.group.rank == 0:
@@ -264,7 +257,7 @@ def resume(run: Run) -> bool:
     try:
         run.optimizer.load_state_dict(content["optimizer"])
         run.scaler.load_state_dict(content["scaler"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: found a state of another optimizer") from error
     run.best, run.sums, run.elapsed = content["best"], content["sums"], content["elapsed"]
     run.epoch, run.step = content["epoch"], content["step"]
@@ -429,14 +422,15 @@ def begin_log(run: Run) -> None:
     counts = model.count_parameters(run.model)
     counts["total"] = trained, frozen = tuple(map(sum, zip(*counts.values())))  # table 5
     patch, encoder = (" x ".join(map(str, size)) for size in (config.patch_size, config.encoder_size))
+    volumetric = ", volumetric" if config.volumetric else ""
     print(
         f"data      {run.source.name} in {run.source.root}, {config.num_classes} classes, "
         f"{len(splits['train'])} training cases, {len(cases)} of {len(splits['val'])} "
         f"validation cases (overlap {overlap:g}) every {args.val_every} epochs\n"
         f"model     {config.sam}, {config.variant}, {trained:,} trained and {frozen:,} frozen parameters\n"
-        f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries\n"
+        f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries{volumetric}\n"
         f"schedule  {args.epochs} x {args.iterations} steps of {args.accumulate} x {args.batch_size} patches "
-        f"on {run.world} x {run.device}, amp {args.amp}, rate {args.lr:g}\n"
+        f"on {run.world} x {run.device}, amp {args.amp}, {args.optimizer} at {args.lr:g}\n"
         f"output    {run.folder}, where config.json has all settings"
     )
     content = {"model": dataclasses.asdict(config), "plan": run.plan.as_dict(), "sam": run.sam}
@@ -481,7 +475,7 @@ def end_epoch(run: Run, entry: dict) -> None:
 
 def draw(run: Run) -> None:
     """Draw curves.png, and overlay.png with three cases from all over the list of the last validation."""
-    from support import pictures  # needs matplotlib, which training does not
+    from support import pictures  # takes seconds to import
 
     pictures.draw_curves(run.folder / "log.jsonl", run.folder / "curves.png")
     task, shown = run.plan.task, []

@@ -84,8 +84,9 @@ def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
         sides = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
         if not all(type(side) is int and 1 <= side <= bound for side in sides):
             yield f"{name} {config[name]}, which is not between 1 and {bound},"
-    if not isinstance(task, dict) or type(config.get("given_boxes", False)) is not bool:
-        yield "no task, or given_boxes that are neither True nor False,"
+    flags = [config.get(name, False) for name in ("given_boxes", "volumetric")]
+    if not isinstance(task, dict) or not all(type(flag) is bool for flag in flags):
+        yield "no task, or a setting that is neither True nor False,"
     spacing = depth, *_ = content["plan"]["spacing"]
     if len(spacing) != 3 or not all(mm and 0 < mm < 1e4 for mm in spacing[depth is None :]):
         yield f"the spacing {spacing}, which is not three lengths in mm,"

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,21 +47,11 @@ def write_text(path: Path, text: str) -> None:
 
 @functools.cache  # once per process and folder
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files of processes of this machine that were killed while they wrote."""
-    for file in folder.glob(f"*.{platform.node()}.*.partial"):
-        with contextlib.suppress(OSError, ValueError):  # another process was faster; not our kind of name
-            if not is_alive(int(file.name.split(".")[-2])):
+    """Remove temporary files that are older than an hour: a process was killed while it wrote them."""
+    for file in folder.glob("*.partial"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if file.is_file() and time.time() - file.stat().st_mtime > 3600:
                 file.unlink()
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs. True for one of another user, and on Windows, which cannot be asked."""
-    try:
-        if os.name == "posix":
-            os.kill(pid, 0)  # sends nothing
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
 
 
 def reason(error: BaseException) -> str:
@@ -100,6 +91,8 @@ def device_name(name: str) -> str:
         raise argparse.ArgumentTypeError(f"found {name}, expected cpu or cuda")
     if kind == "cuda" and int(index or 0) >= (count := torch.cuda.device_count()):
         raise argparse.ArgumentTypeError(f"found {name}, but torch sees {count} GPUs; expected cpu")
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))  # Parts of torch ask the current device.
     return name
 
 
@@ -118,11 +111,7 @@ COMMON_OPTIONS = {
     "flip": {"nargs": "*", "choices": tuple("DHW"), "help": "axes of flips (default: by the labels)"},
     "cache": {"default": "cache", "help": "folder for prepared cases (default: %(default)s)"},
     "sam-checkpoint": {"help": "file with SAM's own weights (default: downloaded once)"},
-    "prompts": {
-        "default": "auto",
-        "metavar": "auto|gt|DIR",
-        "help": "boxes: automatic, true, or of a folder",
-    },
+    "prompts": {"default": "auto", "metavar": "auto|gt|DIR", "help": "boxes: made, true, or of a folder"},
     "device": {"type": device_name, "help": "cpu or cuda (default: cuda if there is a GPU)"},
     "workers": {"type": int, "help": "number of threads (default: one per core that has 4 GiB of memory)"},
 }

@@ -127,18 +127,14 @@ def summarize(scores: dict[str, dict], labels: Sequence[str], scored: Sequence[i
     Returns: a dict for JSON, with None for NaN: "mean" {metric: value}; "interval" {metric: 95 % [low, high]
         or None}; "scored" [name]; "per_case" {case: {name: {metric: value}}}; "per_class" {name:
         {metric: mean}} with the number of "cases" that have a Dice, and if known of each key of `PRESENCE`.
-    Raises: ValueError if there are no cases, or a scored id is not a class.
+    Raises: ValueError if there are no cases.
     """
     if not scores:
         raise ValueError("scores: found none, expected those of one case or more")
     names, cases = list(labels)[1:], list(scores.values())
     columns = [class_id - 1 for class_id in scored] or list(range(len(names)))
-    if not set(columns) <= set(range(len(names))):
-        raise ValueError(f"scored classes: found {tuple(scored)}, expected ids from 1 to {len(names)}")
     values = {metric: np.stack([case[metric] for case in cases]) for metric in METRICS if metric in cases[0]}
     known = ~np.isnan(next(iter(values.values())))  # (cases, classes)
-    if known.shape[1] != len(names):
-        raise ValueError(f"scores: found {known.shape[1]} classes, expected {len(names)}: {', '.join(names)}")
     totals = {metric: known_mean(table, 0) for metric, table in values.items()} | {"cases": known.sum(0)}
     if "presence" in cases[0]:
         totals |= {key: sum(case["presence"] == n for case in cases) for key, n in PRESENCE.items()}

@@ -41,7 +41,7 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self) -> None:
         """Take one step. The gradients of matrices are None afterwards, so that AdamW leaves them out."""
         (group,), by_shape = self.param_groups, collections.defaultdict(list)
         for name, weight in zip(group["param_names"], group["params"]):
@@ -54,11 +54,11 @@ class Muon(torch.optim.AdamW):
             for weight, update in zip(weights, updates):
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(length * update.view_as(weight))
                 weight.grad = None
-        super().step(closure)
+        super().step()
 
     def mean(self, weight: Tensor) -> Tensor:
         """Add the gradient to the mean over steps; return the matrix (m, n) that Nesterov's step takes."""
-        if not (state := self.state[weight]):  # AdamW wants a "step" in every state that it loads.
+        if "mean" not in (state := self.state[weight]):  # AdamW wants a "step" in every state that it loads.
             state |= {"step": torch.zeros(()), "mean": torch.zeros_like(weight)}
         state["mean"].lerp_(weight.grad, 1 - MOMENTUM)
         return weight.grad.lerp(state["mean"], MOMENTUM).flatten(1)

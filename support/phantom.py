@@ -5,9 +5,7 @@
 Each patient has a left ventricle (3) with papillary muscles, its muscular ring (2) and a right ventricle (1),
 at end-diastole and end-systole. Position, size, shape and spacing are random. Chest wall, lungs, liver and
 vessels have the same intensities, so thresholds on the intensity fail (Dice 0.30, see tests/test_phantom.py).
-Ours: all shapes and numbers below.
-
-    python -m support.phantom [DIR]     write the set to DIR (default: data/phantom)
+Ours: all shapes and numbers below. Scripts that miss the set write it to data/phantom.
 """
 
 import os
@@ -18,8 +16,6 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
-
-from support.files import make_parser, one_sentence
 
 Array = np.ndarray
 # Ours: mean intensities of tissues, in 12 bits. Blood is nearly fat, and muscle is nearly liver.
@@ -126,16 +122,3 @@ def _draw_heart(a: SimpleNamespace, contraction: float, along: Array, dy: Array,
     label[(distance < outer) & inside] = 2
     label[(distance < pool) & inside & (along < 0.92)] = 3
     return label, distance, pool, outer
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Write the default set to the given folder."""
-    parser = make_parser(__doc__)
-    parser.add_argument("folder", nargs="?", default="data/phantom", help="folder to make")
-    args = parser.parse_args(argv)
-    with one_sentence("phantom.py", args.debug):
-        write_phantom(args.folder)
-
-
-if __name__ == "__main__":
-    main()

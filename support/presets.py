@@ -41,13 +41,15 @@ class Preset:
     """One name for `--data`: a task, and the sizes and the schedule of its training.
 
     Release: the defaults are those of all the authors' runs. Ours: vit_b for all (as the paper; the release
-    takes vit_h for Synapse and AMOS) and AdamW for all (the release takes SGD for ACDC and Synapse).
+    takes vit_h for Synapse and AMOS) and AdamW (the release takes SGD for ACDC and Synapse), but Muon for the
+    phantom, whose weights are random.
 
     Args:
         patch_size, encoder_size: (D, H, W) in voxels; (height, width) to which each slice is resampled.
         num_queries, sam: N, the number of masks per slice; backbone, a key of `support.sam.BACKBONES`.
-        epochs, iterations, batch_size: number of epochs, of batches in each, of patches in a batch.
+        epochs, iterations, batch_size: number of epochs, of steps in each, of patches in a batch.
         optimizer, augment: key of `train.OPTIMIZERS`; factor of the probabilities of augmentations.
+        volumetric: see `model.MaskSAMConfig`.
         lr, weight_decay, adam_eps, clip: settings of the optimizer, and the largest norm of the gradient.
         mask_weight: weight of the two losses on the final masks.
         home, tree: the place to get the files, and the folders that we expect.
@@ -63,6 +65,7 @@ class Preset:
     batch_size: int = 2
     optimizer: str = "adamw"
     augment: float = 1.0
+    volumetric: bool = False
     lr: float = 1e-3
     weight_decay: float = 3e-5
     adam_eps: float = 1e-8
@@ -108,8 +111,9 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     """Return the preset of a data set for one backbone. A light one gets other sizes and another schedule.
 
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
-    cores, with Muon, since its weights are random; `tiny_pyramid` takes small patches in batches of 4. On a
-    GPU ("cuda", "cuda:1") a batch has 4 patches, or 32 small ones: 10 to 25 minutes of an H100, with AdamW.
+    cores, with Muon, since its weights are random. On a GPU ("cuda", "cuda:1") a batch has 4 patches, or 32
+    small ones: 10 to 25 minutes of an H100, with AdamW. For small patches `tiny_pyramid` is volumetric and
+    has a query per class and one more; on a CPU it takes an hour of one core (docs/experiments.md).
     """
     if sam == preset.sam or (sam not in SCALES and preset.sam == "vit_b"):  # It suits SAM's ViTs.
         return preset
@@ -117,23 +121,27 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     size = [max(patch) <= 64, max(patch) <= 96, True].index(True)  # 0 small, 1 middle, 2 large
     height, width = (side if size == 0 else min(-(-side // 16) * 16, 160) for side in patch)  # up to 16s
     encoder_size = tuple(-(-SCALES.get(sam, (4, 4, 4))[size] * side // 8) * 8 for side in (height, width))
-    sizes = {"patch_size": (min(depth, 8), height, width), "encoder_size": encoder_size, "iterations": 250}
+    pyramid = sam == "tiny_pyramid" and size == 0
+    sizes = {"patch_size": (min(depth, 16 if pyramid else 8), height, width), "encoder_size": encoder_size}
     epochs = 60 if size == 0 else 36 if sam.startswith("tiny") else 20
     batch = (32 if size == 0 else 4) if device.startswith("cuda") else 1
     how = {"optimizer": "muon" if sam.startswith("tiny") and batch == 1 else "adamw", "lr": 1e-3}
-    if sam == "tiny_pyramid" and size == 0 and batch == 1:  # a CPU: a higher Dice in the same minutes
-        epochs, batch, how = epochs // 4, 4, {"optimizer": "muon", "lr": 2e-3, "augment": 0.5}
-    return dataclasses.replace(preset, sam=sam, epochs=epochs, batch_size=batch, **how, **sizes)
+    if pyramid and batch == 1:  # on a CPU
+        epochs, batch, how = 12, 2, {"optimizer": "muon", "lr": 2e-3, "augment": 0.5}
+    how |= {"volumetric": True, "num_queries": len(preset.task.labels) + 1} if pyramid else {}
+    how |= sizes | {"epochs": epochs, "iterations": 250, "batch_size": batch}
+    return dataclasses.replace(preset, sam=sam, **how)
 
 
-def folder_preset(task: Task, shapes: Sequence[Sequence[int]]) -> Preset:
+def folder_preset(task: Task, shapes: Sequence[Sequence[int]], sam: str | None = None) -> Preset:
     """Return the preset of a folder of which only the task and the shapes (D, H, W) of its cases are known.
 
-    Ours: the patch is the median case, in multiples of 4 up to 256 x 256, and at most 8 slices deep. The
-    encoder's input is four times as large, so that SAM's masks have the patch's resolution. There are half as
-    many queries again as classes, in eights.
+    Ours: the patch is the median case, in multiples of 4 up to 256 x 256, and at most 8 slices deep (16 for
+    `tiny_pyramid`). The encoder's input is four times as large, so that SAM's masks have the patch's
+    resolution. There are half as many queries again as classes, in eights.
     """
     depth, *plane = np.median(shapes, axis=0)
     height, width = (min(256, 4 * int(np.ceil(side / 4))) for side in plane)
     queries = 8 * int(np.ceil(1.5 * len(task.labels) / 8))
-    return Preset(task, (min(8, round(depth)), height, width), (4 * height, 4 * width), queries, epochs=500)
+    patch = min(16 if sam == "tiny_pyramid" else 8, round(depth)), height, width
+    return Preset(task, patch, (4 * height, 4 * width), queries, epochs=500)

@@ -1,7 +1,7 @@
 """What a long training needs of the machine: several processes, signals, one run per folder, its memory.
 
 torchrun ── join ──> Processes(rank, local_rank, world, gloo) ── from_first, gather ──> the same in all
-SIGTERM, SIGINT, SIGUSR1 ── catch_signals ──> Signals.number, at which train.py looks in each step
+SIGTERM, SIGINT, SIGUSR1 ── catch_signals ──> number, at which train.py looks in each step
 """
 
 import atexit
@@ -15,10 +15,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 @dataclasses.dataclass
@@ -70,24 +73,15 @@ def join(device: str | None) -> Processes:
     return Processes(rank, local_rank, world, gloo)
 
 
-@dataclasses.dataclass
-class Signals:
-    """The number of the first signal that asked this process to stop, or 0."""
-
-    number: int = 0
-
-
 @contextlib.contextmanager
-def catch_signals() -> Iterator[Signals]:
-    """Note the signals of schedulers and of Ctrl-C in place of dying from them."""
-    signals = Signals()
+def catch_signals() -> Iterator[SimpleNamespace]:
+    """Note the `number` of the first signal of a scheduler or of Ctrl-C, 0 before, in place of dying."""
+    signals = SimpleNamespace(number=0)
 
     def note(number: int, _frame: object) -> None:
         signals.number = signals.number or number
 
-    # Windows has no SIGUSR1.
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-    old = {number: signal.signal(number, note) for number in numbers}
+    old = {number: signal.signal(number, note) for number in STOPS}
     try:
         yield signals
     finally:
@@ -97,9 +91,8 @@ def catch_signals() -> Iterator[Signals]:
 
 def ignore_signals(_worker: int) -> None:
     """Let a process that loads patches live as long as the one that trains."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers() -> None:

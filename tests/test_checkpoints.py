@@ -71,7 +71,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
         ("plan", {"ranges": [[0, 1]]}, "intensities that are not four"),
         ("plan", {"intensity": [None, None]}, "intensities that are not four"),
         ("plan", {"decisions": [1]}, "decisions that are not names"),
-        ("config", {"given_boxes": "x"}, "no task, or given_boxes that are neither"),
+        ("config", {"given_boxes": "x"}, "no task, or a setting that is neither"),
         ("cases", {"val": "patient001"}, "val that are not names"),
         ("state", {"weight": 1.0}, "no numbers for weight"),
         ("state", {"weight": torch.zeros(1).expand(10**9)}, "no numbers for weight"),

@@ -1,5 +1,6 @@
 """Windows that cover everything, cases from file to file, and the command line from checkpoint to scores."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import data
 import evaluate
 from model import MaskSAMConfig, build_model, checkpoint_content
 from support import layouts, metrics, nifti, phantom
-from support.checkpoints import write_checkpoint
+from support.checkpoints import read_checkpoint, write_checkpoint
 from volumes import plan_for, planned, save, write_tree
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +158,7 @@ def test_original_layouts_with_their_traps_end_to_end(name, case, lacking, submi
         data.main([action, "--data", name, "--root", "download"])
     source = layouts.find_data(name, "download")
     labels, plan = source.task.labels, data.prepare(source, Path("cache", name))
-    checkpoint("best.pt", source, (9, 80, 72), queries=8, plan=plan)
+    checkpoint("best.pt", source, (9, 80, 72), queries=16, plan=plan)
     results = run("--ckpt best.pt --split test", QUICK, "--output predicted")
     assert results["per_case"][case][lacking]["dice"] in (None, 0)  # predicted or not
     assert results["scored"] == [labels[k] for k in source.task.scored or range(1, len(labels))]
@@ -271,6 +272,19 @@ def test_checkpoints_of_folds_are_averaged_and_never_score_what_they_were_traine
     checkpoint("2.pt", layouts.find_data("phantom", trained[0]), plan=plan_for(3))
     with pytest.raises(SystemExit, match="2.pt: found task .*class 1.*, expected .*RV.* as in 0.pt"):
         run("--ckpt 0.pt 2.pt --split test")
+    plan = planned(source := layouts.find_data("phantom", trained[0]))
+    task = dataclasses.replace(plan.task, flip_axes=(0, 2))
+    checkpoint("3.pt", source, plan=dataclasses.replace(plan, task=task), group="no such", fold=1)
+    for paths in (("0.pt", "3.pt"), ("3.pt", "0.pt")):  # along the axes that both know
+        assert evaluate.Predictor(*paths).settings["mirror_axes"] == [2]
+    content = read_checkpoint("3.pt")  # fold and group of a training on other data are not those of this
+    content["arguments"]["data"] = "elsewhere/heart"
+    args = evaluate.parse_arguments(["--ckpt", "3.pt", "--data", "phantom", "--root", trained[0]])
+    assert evaluate.find_cases(args, [content])[0].splits == source.splits and args.fold is None
+
+
+def test_boxes_of_a_folder_are_named_in_at_most_45_bytes_of_whole_letters():
+    assert evaluate.describe_box_source("/" + "盒" * 20) == ", boxes of /_" + "盒" * 10
 
 
 def test_another_programs_files_are_scored_with_the_same_rules(trained):
@@ -296,13 +310,14 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained):
 
 @pytest.mark.parametrize("arguments, message", [
     ("--ckpt nowhere.pt", "nowhere.pt: found no such file"),
-    ("--ckpt CKPT --overlap 1", "--overlap: found 1.0"),
+    ("--ckpt CKPT --overlap 1", "overlap of windows: found 1.0"),
     ("--ckpt CKPT --largest-component heart", "--largest-component: found heart, expected RV or Myo or LV"),
     ("--ckpt CKPT --input in --output out", "(?s)1 problem:.*in/a.nii.gz: found 1 voxels of NaN"),
     ("--ckpt a --predictions b", "expected either --ckpt FILE or --predictions DIR"),
     ("--predictions b", "--predictions needs --data"),
     ("--predictions b --data acdc --input c", "--input, --submission and --dry-run belong to --ckpt"),
     ("--predictions b --data acdc --dry-run", "--input, --submission and --dry-run belong to --ckpt"),
+    ("--predictions b --data acdc --largest-component", "--largest-component belongs to --ckpt"),
     ("--ckpt a --input c --output c/../c", "--input: found the folder of --output"),
     ("--ckpt a --prompts c --output c", "--prompts: found the folder of --output"),
 ])  # fmt: skip

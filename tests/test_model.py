@@ -70,12 +70,13 @@ def test_unmarked_lines_of_a_repeated_forward_stand_in_sams_source_in_that_order
         assert line in rest, f"{line} differs from SAM's or stands elsewhere, and does not end in '# +'"
 
 
-SIZES = [("tiny", (64, 96)), ("tiny", (16, 16)), ("tiny", (176, 80)), ("lite_medsam", (20, 24))]
+SIZES = [("tiny", (64, 96), False), ("tiny", (16, 16), True), ("tiny", (176, 80), False)]
+SIZES += [("lite_medsam", (20, 24), False), ("lite_medsam", (20, 24), True)]  # no grid fills its windows
 
 
-@pytest.mark.parametrize("sam, encoder_size", SIZES)
-def test_fresh_encoder_equals_sams_with_outputs_of_its_blocks_as_taps(sam, encoder_size):
-    net, expected = awake(sam=sam, encoder_size=encoder_size), []  # no grid fills its windows
+@pytest.mark.parametrize("sam, encoder_size, volumetric", SIZES)
+def test_fresh_encoder_equals_sams_with_outputs_of_its_blocks_as_taps(sam, encoder_size, volumetric):
+    net, expected = awake(sam=sam, encoder_size=encoder_size, volumetric=volumetric), []
     encoder = net.sam.image_encoder
     for block in encoder.blocks if sam == "tiny" else [stage.blocks[-1] for stage in encoder.layers]:
         block.register_forward_hook(lambda *call: expected.append(call[2].permute(0, 3, 1, 2)))
@@ -98,9 +99,10 @@ def decoder_inputs(net: MaskSAM) -> dict[str, Tensor]:
 
 
 CHANGES = [{"variant": "b1"}, {"variant": "b6"}, {"variant": "b7"}, {"patch_size": (1, 32, 32)}]
+CHANGES += [{"num_classes": 2, "num_queries": 2}, {"sam": "lite_medsam"}]
 
 
-@pytest.mark.parametrize("changes", [*CHANGES, {"num_queries": 1}, {"sam": "lite_medsam"}], ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_every_variant_starts_as_sams_decoder_image_by_image(changes):
     net = awake(**changes)
     inputs, n = decoder_inputs(net) | {"class_tokens": None}, net.config.num_queries
@@ -241,6 +243,7 @@ def test_class_token_is_the_global_token_of_its_query_plus_the_auxiliary_one():
 
 ODD = [{"encoder_size": (16, 48), "patch_size": (3, 37, 53)}, {"patch_size": (1, 7, 5)}]
 ODD += [{"num_channels": 4, "num_classes": 14, "num_queries": 24}, {"sam": "lite_medsam"}]
+ODD += [{"sam": "lite_medsam", "volumetric": True}]
 
 
 @pytest.mark.parametrize("changes", ODD, ids=str)
@@ -276,7 +279,9 @@ def test_configuration_that_cannot_be_built_and_a_volume_of_another_shape_are_re
     for changes, message in (
         ({"sam": "vit_x"}, "sam is 'vit_x', expected one of tiny, vit_b, vit_l, vit_h"),
         ({"encoder_size": (100, 64)}, r"encoder_size is \(100, 64\), expected 2 positive multiples of 16"),
-        ({"given_boxes": True, "num_queries": 3}, "at least 2 classes, .* 4 queries, found"),
+        ({"num_queries": 3}, "num_queries is 3, expected 4 to 1024"),
+        ({"num_channels": 65}, "num_channels is 65, expected 1 to 64"),  # a checkpoint cannot hold more
+        ({"patch_size": (4, 1040, 16)}, "expected 3 positive multiples of 1 up to 1024"),
     ):
         with pytest.raises(ValueError, match=message):
             MaskSAMConfig(**changes)
@@ -320,7 +325,7 @@ TRAINED += [("tiny", "b1"), ("tiny", "b2"), ("tiny", "b9"), ("tiny_pyramid", "b9
 
 @pytest.mark.parametrize("sam, variant", TRAINED)
 def test_all_but_a_frozen_sam_gets_gradients_and_learns(sam, variant, small):
-    net = awake(sam=sam, variant=variant).float().train()
+    net = awake(sam=sam, variant=variant, volumetric=sam == "tiny_pyramid").float().train()
     frozen = copy.deepcopy(net.sam.state_dict())  # with the statistics of TinyViT's norms
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer, start = torch.optim.AdamW(trainable.values(), lr=1e-3), copy.deepcopy(trainable)
@@ -354,10 +359,7 @@ def test_all_of_sam_is_frozen_and_the_acdc_preset_tunes_about_14_million():
 
 
 PLACES_OF_TENSORS = [("tiny", True, ()), ("tiny", False, ("meta",)), ("vit_b", False, ("meta",))]
-PLACES_OF_TENSORS += [
-    ("mobile_sam", False, ()),
-    ("lite_medsam", False, ()),
-]  # ViT-L and ViT-H are ViT-B, larger
+PLACES_OF_TENSORS += [(sam, False, ()) for sam in ("mobile_sam", "lite_medsam")]  # ViT-L, ViT-H: as ViT-B
 
 
 @pytest.mark.parametrize("sam, given_boxes, fused", PLACES_OF_TENSORS)

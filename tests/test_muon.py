@@ -24,10 +24,8 @@ def test_matrices_move_by_a_fifth_of_the_rate_and_all_else_as_by_adamw():
     net.register_parameter("tokens", nn.Parameter(torch.randn(9, 12)))
     start, other = copy.deepcopy(net), copy.deepcopy(net)
     options = {"lr": 0.01, "weight_decay": 0.1, "fused": True}
-    optimizer, adamw = (
-        Muon(net.named_parameters(), **options),
-        torch.optim.AdamW(other.parameters(), **options),
-    )
+    optimizer = Muon(net.named_parameters(), **options)
+    adamw = torch.optim.AdamW(other.parameters(), **options)
     for one, two in zip(net.parameters(), other.parameters()):
         one.grad, two.grad = (gradient := torch.randn_like(one)), gradient.clone()
     optimizer.step(), adamw.step()

@@ -45,9 +45,8 @@ def test_a_contracting_heart_in_its_anatomy_that_thresholds_fitted_on_the_truth_
 def test_the_folder_is_whole_or_not_there_and_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
-    for argument, message in ((str(tmp_path / "mine"), "expected a new or an empty folder"), ("--help", "0")):
-        with pytest.raises(SystemExit, match=message):
-            phantom.main([argument])
+    with pytest.raises(FileExistsError, match="expected a new or an empty folder"):
+        phantom.write_phantom(tmp_path / "mine")
     with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
         context.setattr(phantom.np, "diag", lambda _: 1 / 0)  # fails within the first patient
         phantom.write_phantom(tmp_path / "set", 1)

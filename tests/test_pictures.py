@@ -129,18 +129,15 @@ def test_a_walk_draws_features_by_their_strongest_components_queries_and_the_sem
         assert abs(np.corrcoef(pattern, channel)[0, 1]) > 0.9
     truth = np.zeros((1, 20, 40), np.uint8)
     truth[0, 5:10, 20:30] = 2
-    query = Query(
-        3, 2, np.array([0.1, 0.2, 0.7, 0]), {"box prompt": np.array([0, 0, 1, 1])}, None, truth[0] / 2
-    )
+    boxes = {"box prompt": np.array([0, 0, 1, 1])}
+    query = Query(3, 2, np.array([0.1, 0.2, 0.7, 0]), boxes, None, truth[0] / 2)
     shown, maps = Picture("x", truth * 1.0, truth, truth), np.stack([truth[0] == i for i in range(3)])
     views = [(name, colours) for name in ("stem", "1", "2", "3", "4", "neck")]
-    pictures.draw_walk(
-        shown, "guide", views, [(i,) for i in range(6)], [query], maps, CLASSES, tmp_path / "x.png"
-    )
+    shapes = [(i,) for i in range(6)]
+    pictures.draw_walk(shown, "guide", views, shapes, [query], maps, CLASSES, tmp_path / "x.png")
     rows = [part.axes for part in figures[0].subfigs]
-    for i, (part, place) in enumerate(
-        zip(figures[0].subfigs, ("2.5 i", "3a", "3b", "3c", "3c", "(K, H, W)"))
-    ):
+    places = ("2.5 i", "3a", "3b", "3c", "3c", "(K, H, W)")
+    for i, (part, place) in enumerate(zip(figures[0].subfigs, places)):
         assert place in part.get_suptitle() and f"({i},)" in part.get_suptitle()
     assert [axis.images[0].get_extent() for axis in (rows[0][1], *rows[1])] == [[-0.5, 39.5, -0.5, 19.5]] * 6
     assert np.allclose([bar.get_width() for bar in rows[3][0].patches], query.probabilities)
@@ -157,11 +154,8 @@ def test_viewers_get_an_id_a_name_and_a_colour_for_each_class(tmp_path):
         (2, ["1", "1", "1", "RV"]),
     ]
     table = np.loadtxt(tmp_path / "labels.ctbl", dtype=np.str_, encoding="utf-8")
-    assert table[:, 1].tolist() == ["background", "left_lung", "RV"] and table[:, 5].tolist() == [
-        "0",
-        "255",
-        "255",
-    ]
+    assert table[:, 1].tolist() == ["background", "left_lung", "RV"]
+    assert table[:, 5].tolist() == ["0", "255", "255"]
     plain = json.loads((tmp_path / "labels.json").read_text())
     for i, entry in enumerate(plain.values()):
         assert entry["id"] == i and [*map(str, entry["colour"])] == rows[i][1:4] == table[i, 2:5].tolist()

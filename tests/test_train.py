@@ -131,11 +131,9 @@ def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
         (["--lr", "-1"], "--lr: found -1.0, expected more than 0"),
         (["--val-every", "0"], "--val-every: found 0, expected more than 0"),
         (["--workers", "-1"], "--workers: found -1, expected 0 or more"),
+        (["--val-cases", "-1"], "--val-cases: found -1, expected more than 0"),
         (["--augment", "-1"], "--augment: found -1.0, expected 0 or more"),
-        (
-            ["--name", "few", "--queries", "3"],
-            "found 4 classes in slice ., expected at most 3",
-        ),
+        (["--name", "few", "--queries", "3"], "num_queries is 3, expected 4 to 1024"),
         (["--name", "none", "--init", "gone.pt"], "gone.pt: found no such file"),
         (["--name", "none", "--sam", "vit_b", "--sam-checkpoint", "gone.pth"], "gone.pth: no such file"),
     ],
@@ -206,6 +204,7 @@ def test_a_validation_costs_at_most_a_tenth_of_the_training(root, quick):
         assert (len(found[0]), *found[1:]) == expected, patches
     cases, overlap, _ = train.plan_validation(planned, 1, 2, 0.5)
     assert [case.name for case in cases] == names and overlap == 0.5  # as the user says
+    assert train.plan_validation(planned, 30, 1)[1] == 0.5  # one case costs half
 
 
 def test_the_validation_dice_is_the_mean_over_the_scored_classes(root, quick, monkeypatch):

@@ -68,7 +68,7 @@ def choose(args: argparse.Namespace, data: str, sam: str) -> tuple[Preset, MaskS
     """Return the preset of a data set and a backbone, with the sizes of the command line, and its network."""
     given = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     preset = dataclasses.replace(recipe(PRESETS[data], sam, args.device), **given)
-    sizes = {name: getattr(preset, name) for name in SIZES[:3]}
+    sizes = {name: getattr(preset, name) for name in (*SIZES[:3], "volumetric")}
     return preset, MaskSAMConfig(sam, num_classes=len(preset.task.labels), **sizes)
 
 
@@ -81,6 +81,7 @@ class Bench:
         self.autocast = partial(files.autocast, self.device, args.amp)
         self.measure = partial(measure, device=self.device, repeat=args.repeat)
         self.model, self.criterion = MaskSAM(config).to(self.device), SetCriterion()
+        torch.set_float32_matmul_precision("high" if args.amp == "off" else "highest")
         store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
         how = preset.batch_size, args.amp, files.total_memory(self.device)
         self.model.gradient_checkpointing = self.model.needs_checkpointing(*how)

@@ -77,7 +77,9 @@ def read_method(pattern: str, how: dict) -> tuple[list[str], dict[str, np.ndarra
     All folders must be scored as the first one, which `how` keeps. Raises: ValueError.
     """
     prompts, found = [], {}
-    for file in sorted(glob.glob(pattern if pattern.endswith(".json") else f"{pattern}/metrics*.json")):
+    files = glob.glob(pattern if pattern.endswith(".json") else f"{pattern}/metrics*.json")
+    files.sort(key=len, reverse=True)  # The shortest name of a folder has our own metric convention.
+    for file in sorted({Path(file).parent: file for file in files}.values()):
         try:
             results = json.loads(Path(file).read_text())
             own = {key: results[key] for key in ("scored", "convention")}
