@@ -16,6 +16,13 @@ from networks import wake_sam
 from support.sam import BACKBONES, file_sha256
 
 
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path) -> None:
+    """Begin each test in a folder of its own, with the same random numbers."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Register "small": a pre-trained, hence frozen, SAM of `tiny`'s shapes, with its file."""

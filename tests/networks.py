@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matcher import Segments, masks_to_boxes
-from model import MaskSAM, MaskSAMConfig
+from data import label_map_to_segments
+from matcher import Segments
+from model import MaskSAM, MaskSAMConfig, build_model, checkpoint_content
+from support.checkpoints import write_checkpoint
+from volumes import planned
 
 
 def tiny(**changes) -> MaskSAM:
@@ -40,10 +43,20 @@ def wake(module: nn.Module, std: float = 0.2) -> nn.Module:
     return module
 
 
-def labels_to_segments(labels: Tensor, num_classes: int) -> Segments:
-    """(S, H, W) ids; -1 belongs to no class."""
-    masks = labels[:, None] == torch.arange(num_classes)[:, None, None]
-    return Segments(masks, masks_to_boxes(masks), masks.flatten(2).any(-1))
+@torch.no_grad()
+def checkpoint(path, source, patch=(4, 32, 32), queries=4, seed=0, plan=None, **arguments) -> None:
+    """Write an untrained model with queries of different classes whose masks differ from place to place."""
+    torch.manual_seed(seed)
+    plan = plan or planned(source)
+    sizes = {"patch_size": patch, "encoder_size": (32, 32), "num_queries": queries, "num_channels": 1}
+    model, sam = build_model(MaskSAMConfig("tiny", num_classes=len(plan.task.labels), **sizes))
+    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.class_tokens, std=5)
+    model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
+    arguments = {"data": source.name, "root": source.root} | arguments
+    content = checkpoint_content(model, sam, plan.as_dict()) | {"epoch": 7, "arguments": arguments}
+    content["cases"] = {"train": [case.name for case in source.splits["train"]], "val": []}
+    write_checkpoint(path, content)
 
 
 def task(net: MaskSAM, batch: int = 1, seed: int = 0) -> tuple[Tensor, Segments]:
@@ -53,4 +66,4 @@ def task(net: MaskSAM, batch: int = 1, seed: int = 0) -> tuple[Tensor, Segments]
     volume = torch.randn(batch, channels, depth, *size, generator=generator)
     coarse = torch.randint(0, classes, (batch * depth, 1, 4, 4), generator=generator)
     coarse.flatten(1)[:, :classes] = torch.arange(classes)
-    return volume, labels_to_segments(F.interpolate(coarse.float(), size=size)[:, 0].long(), classes)
+    return volume, label_map_to_segments(F.interpolate(coarse.float(), size=size)[:, 0], classes)

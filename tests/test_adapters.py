@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters import DepthConvAdapter, DepthMLPAdapter, VanillaAdapter
+from networks import wake
 
 B6, B7 = adapters.DepthMLPAfterUpAdapter, adapters.DepthMLPBeforeDownAdapter
 B, D, N, H, W, C = 2, 4, 3, 4, 5, 16
@@ -23,9 +24,7 @@ def rows(depth: int = D) -> Tensor:
 
 def randomised(module: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    for parameter in module.double().parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
+    return wake(module.double(), std=0.5)
 
 
 @all_kinds

@@ -5,30 +5,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from networks import wake
 from support import attention as A
 from support.sam import modeling
 
 ROW = 4 * 20 * (16 * 20) * 8  # bytes of the scores of one row of 16 x 20 tokens, 4 heads, in float64
 
 
-@pytest.fixture
-def block():
-    """One ViT block as SAM builds it, with weights that make positions and biases matter."""
-    torch.manual_seed(0)
-    made = modeling.image_encoder.Block(32, 4, use_rel_pos=True, window_size=7, input_size=(7, 7)).double()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            parameter.normal_(std=0.5 if "rel_pos" in name else 0.2)
-    return made
-
-
 @pytest.mark.parametrize("window", [7, 0], ids=["windows", "global"])
 @pytest.mark.parametrize("form, score_bytes", [("fused", 0), ("rows", 1), ("rows", 3 * ROW)])
-def test_attention_equals_sams_with_its_gradients(block, window, form, score_bytes, monkeypatch):
+def test_attention_equals_sams_with_its_gradients(window, form, score_bytes, monkeypatch):
     # The windows of 7 do not divide 16 x 20 tokens. The global table of positions is resampled.
     monkeypatch.setattr(A, "FUSED_DEVICES", ("cpu",) if form == "fused" else ())
     monkeypatch.setattr(A, "SCORE_BYTES", score_bytes)
-    block.window_size = window
+    block = modeling.image_encoder.Block(32, 4, use_rel_pos=True, window_size=window, input_size=(7, 7))
+    wake(block.double())  # Positions and biases count.
     block.mlp = block.norm2 = torch.nn.Identity()  # leaves norm, windows, attention and its skip connection
     x = torch.randn(2, 16, 20, 32, dtype=torch.float64, requires_grad=True)
     expected = block(x) / 2  # the identity MLP doubles the sum

@@ -1,6 +1,5 @@
 """Boxes in the model's pixels, pictures as each member wants them, results never called automatic."""
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +17,7 @@ from support import layouts, metrics, nifti, phantom
 from support.sam import modeling
 from tools import baselines
 from tools.baselines import BASELINES, Baseline
-
-REAL = Path(os.environ.get("MASKSAM_TEST_DATA", "/nowhere"))
+from volumes import REAL, save
 
 
 def box_filler(name: str, seen: list) -> modeling.Sam:
@@ -78,9 +76,7 @@ def test_a_point_is_the_deepest_pixel_of_its_class_and_the_best_of_three_masks_c
     masks = torch.full((2, 3, 256, 256), -1.0)  # of class 1 the first covers all, of 3 the second a quarter
     masks[0, 0], masks[1, 1, :64] = 1, 1
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.8, 0.1]])
-    sam.prompt_encoder = Mock(
-        side_effect=lambda points, boxes, masks: seen.extend([*points, boxes]) or (0, 0)
-    )
+    sam.prompt_encoder = Mock(side_effect=lambda points, boxes, **_: seen.extend([*points, boxes]) or (0, 0))
     sam.mask_decoder = lambda features, positions, sparse, dense, several: several and (masks, scores)
     found = baselines.predict_case(sam, BASELINES[name], 0.0 * labels, labels, kind="point")
     points, marks, boxes = seen
@@ -114,10 +110,7 @@ def test_sam_2_gives_the_logits_of_its_packages_predictor_with_the_rule_of_its_b
     sam.postprocess_masks = lambda *inputs: seen.append(inner(*inputs)) or seen[-1]
     ids, boxes = baselines.box_prompts(tensor(labels[0]), (1024, 1024))
     points, marks = baselines.point_prompts(tensor(labels[0]), ids, (1024, 1024))
-    for kind, prompt in {
-        "box": {"box": boxes},
-        "point": {"point_coords": points, "point_labels": marks},
-    }.items():
+    for kind, prompt in ("box", {"box": boxes}), ("point", {"point_coords": points, "point_labels": marks}):
         baselines.predict_case(sam, BASELINES["sam2_tiny"], picture.astype(np.float32), labels, kind=kind)
         logits, _, _ = predictor.predict(multimask_output=kind == "point", return_logits=True, **prompt)
         assert np.abs(logits - seen[-1].numpy()).max() < 1e-4 * logits.std() and len(seen[-1]) == 2
@@ -155,10 +148,9 @@ def test_the_published_weights_find_both_ventricles_in_their_boxes(name, file):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run(monkeypatch):
     monkeypatch.setitem(BASELINES, "small", Baseline("tiny", 256))
-    phantom.write_phantom(tmp_path / "data/phantom", num_patients=4, seed=3)
+    phantom.write_phantom("data/phantom", num_patients=4, seed=3)
     return lambda line: torch.manual_seed(0) and baselines.main(f"{line} --data phantom --amp off".split())
 
 
@@ -184,8 +176,7 @@ def test_boxes_of_another_program_are_used_and_no_truth_is_opened_before_scoring
     for case in cases:  # the other program sees one pixel of the LV in the first slice
         label, geometry = nifti.read_label(case.label, 4)
         label[:], label[0, 30, 20] = 0, 3
-        Path("net").mkdir(exist_ok=True)
-        nifti.write_label_map(Path("net", f"{case.name}.nii.gz"), label, geometry)
+        save(f"net/{case.name}.nii.gz", label.T, geometry.affine)
     monkeypatch.setattr(nifti, "read_volume", lambda path, *r: opened.append(path) or read_volume(path, *r))
     results, name = run("small --prompts net"), f"boxes-{Path.cwd().name}_net"
     first = min(opened.index(case.label) for case in cases)

@@ -58,9 +58,7 @@ def test_the_table_of_parameters_is_that_of_models_that_are_built(capsys):
     rows = benchmark.main(["--parameters", "--sam", "tiny"])
     assert [name for name in rows if name.endswith(" b9")] == [f"{name} b9" for name in BACKBONES]
     model, row = MaskSAM(MaskSAMConfig("tiny", "b4", 1, 4, 8, (4, 160, 160), (320, 320))), rows["tiny b4"]
-    trained, frozen = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad == grad) for grad in (True, False)
-    )
+    trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == x) for x in (1, 0))
     assert row["total"] == trained == sum(row[part] for part in benchmark.PARTS if part != "total")
     assert row["frozen"] == frozen
     assert row["prompt_generator"] == sum(p.numel() for p in model.prompt_generator.parameters())

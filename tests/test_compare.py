@@ -11,9 +11,8 @@ from tools import compare
 
 
 @pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch) -> None:
+def runs() -> None:
     """Three runs that differ in variant and seed."""
-    monkeypatch.chdir(tmp_path)
     for name, dice in {"b1-0": 0.5, "b1-1": 0.7, "b9-0": 0.8}.items():
         arguments = {"variant": name[:2], "seed": int(name[3]), "name": name, "epochs": 3, "lr": 1e-3}
         dices = (None, {}), (dice, {"a": dice + 0.1, "b": None}), (0.1, {"a": 0.1, "b": 0.1})

@@ -16,10 +16,10 @@ import torch
 
 import data
 import evaluate
-from model import MaskSAMConfig, build_model, checkpoint_content
+from networks import checkpoint
 from support import layouts, metrics, nifti, phantom
-from support.checkpoints import read_checkpoint, write_checkpoint
-from volumes import plan_for, planned, save, write_tree
+from support.checkpoints import read_checkpoint
+from volumes import plan_for, planned, refuses, save, write_tree
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--overlap 0 --no-mirror --amp off"
@@ -93,8 +93,7 @@ def test_several_models_are_averaged_on_the_native_grid_though_patch_and_spacing
     together = evaluate.predict_case(models, cases)
     assert alone == [[0], [2], [1]] and together.shape == (11, 20, 30) and (together == 1).all()
     models[1] = fake((4, 16, 8), torch.tensor([0.5, torch.nan, 0.1]).reshape(3, 1, 1, 1))
-    with pytest.raises(ValueError, match="found scores that are not numbers"):
-        evaluate.predict_case(models, cases)
+    refuses("found scores that are not numbers", evaluate.predict_case, models, cases)
 
 
 def test_the_largest_component_of_each_named_class_is_kept():
@@ -109,22 +108,6 @@ def test_the_largest_component_of_each_named_class_is_kept():
     assert [evaluate.class_ids(given, names) for given in (None, [], ["Myo"])] == [[], [1, 2], [2]]
 
 
-def checkpoint(path, source, patch=(4, 32, 32), queries=4, seed=0, plan=None, **arguments) -> None:
-    """An untrained model, but with queries of different classes whose masks differ from place to place."""
-    torch.manual_seed(seed)
-    plan = plan or planned(source)
-    sizes = {"patch_size": patch, "encoder_size": (32, 32), "num_queries": queries, "num_channels": 1}
-    model, sam = build_model(MaskSAMConfig("tiny", num_classes=len(plan.task.labels), **sizes))
-    with torch.no_grad():
-        torch.nn.init.normal_(model.classifier.weight)
-        torch.nn.init.normal_(model.class_tokens, std=5)
-        model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
-    arguments = {"data": source.name, "root": source.root} | arguments
-    content = checkpoint_content(model, sam, plan.as_dict()) | {"epoch": 7, "arguments": arguments}
-    content["cases"] = {"train": [case.name for case in source.splits["train"]], "val": []}
-    write_checkpoint(Path(path), content)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[str, str]:
     """The folder of a small phantom of five patients, and the checkpoint of an untrained model."""
@@ -135,11 +118,6 @@ def trained(tmp_path_factory) -> tuple[str, str]:
         save(file, array(file)[16:80:2, 24:72:2, :5], np.diag([3, 3, 8, 1]))
     checkpoint(path, layouts.find_data("phantom", str(root)))
     return str(root), str(path)
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)  # Nothing may depend on the working directory.
 
 
 def array(path: str | Path) -> np.ndarray:
@@ -164,8 +142,7 @@ def test_original_layouts_with_their_traps_end_to_end(name, case, lacking, submi
     assert results["scored"] == [labels[k] for k in source.task.scored or range(1, len(labels))]
     run("--ckpt best.pt --split testing --submission", QUICK, "--output out")
     assert zipfile.ZipFile("out/submission.zip").namelist() == [f"{stem}.nii.gz" for stem in submitted]
-    with pytest.raises(SystemExit, match="--split testing: found no labels in"):
-        run("--predictions out --root download --split testing --data", name)
+    refuses("testing: found no labels", run, "--predictions out --root download --split testing --data", name)
     Path("truth").mkdir()
     for each in source.splits["test"]:
         shutil.copy(each.label, f"truth/{each.aliases[-1] if each.aliases else each.name}.nii.gz")
@@ -174,9 +151,7 @@ def test_original_layouts_with_their_traps_end_to_end(name, case, lacking, submi
     assert results["per_class"][lacking]["neither"] == (2 if name == "acdc" else 1)
 
 
-def test_the_checkpoint_alone_is_scored_and_images_are_predicted_as_stored_without_labels(
-    trained, monkeypatch
-):
+def test_a_checkpoint_alone_is_scored_and_images_are_predicted_as_stored_without_labels(trained, monkeypatch):
     """One volume, stored in RAS and with axes flipped and swapped, has the same label at the same place."""
     cases = layouts.find_data("phantom", trained[0]).splits["val"]
     results, folder = run("--ckpt", trained[1], QUICK), Path(trained[1]).parent / "predictions-val"
@@ -188,9 +163,8 @@ def test_the_checkpoint_alone_is_scored_and_images_are_predicted_as_stored_witho
         hd95 = map(metrics.plain, metrics.score_maps(*pair, (8, 3, 3), 4)["hd95"])
         assert list(hd95) == [scores["hd95"] for scores in results["per_case"][case.name].values()]
         os.link(case.images[0], f"in/{case.name}.nii.gz")
-    nib.save(
-        nib.load(cases[0].images[0]).as_reoriented(np.array([[1, -1], [0, 1], [2, -1]])), "in/turned.nii.gz"
-    )
+    turned = nib.load(cases[0].images[0]).as_reoriented(np.array([[1, -1], [0, 1], [2, -1]]))
+    nib.save(turned, "in/turned.nii.gz")
     for module in (nifti, data):
         monkeypatch.delattr(module, "read_label")  # Whoever opens a label now fails.
     assert run("--ckpt", trained[1], "--input in --output out/deep", QUICK) is None
@@ -220,10 +194,8 @@ def test_the_six_lines_of_the_readme_predict_a_file_as_evaluate_does_and_an_arra
     volume, geometry = nifti.read_image("IMAGE.nii.gz")
     again = predictor(volume[0], spacing=geometry.spacing, with_scores=True)
     assert np.array_equal(again.scores, prediction.scores)
-    with pytest.raises(ValueError, match="found an array of .18, 30, 20. and the spacing None"):
-        predictor(volume[0])
-    with pytest.raises(ValueError, match="image: found 2 channels, expected 1"):
-        predictor(np.concatenate([volume, volume]), spacing=(1, 1, 1))
+    refuses("found an array of .18, 30, 20. and the spacing None", predictor, volume[0])
+    refuses("image: found 2 channels, expected 1", predictor, volume.repeat(2, 0), spacing=(1, 1, 1))
     ckpt = f"{ROOT}/checkpoints/hippocampus-tiny.pt"
     assert run("--ckpt", ckpt, "--input IMAGE.nii.gz --output out --dry-run") is None
     assert not Path("out").exists()
@@ -262,16 +234,14 @@ def test_checkpoints_of_folds_are_averaged_and_never_score_what_they_were_traine
     alone = run("--ckpt 0.pt --split test", QUICK, "--output alone")
     assert results["checkpoint"] == ["0.pt", "1.pt"] and results["per_case"] != alone["per_case"]
     assert alone["fold"] == 0  # as it was trained
-    with pytest.raises(SystemExit, match="1.pt: found 2 of 2 cases that it was trained with"):
-        run("--ckpt 0.pt 1.pt --split val")
+    refuses("1.pt: found 2 of 2 cases that it was trained with", run, "--ckpt 0.pt 1.pt --split val")
     run("--ckpt 0.pt --split train --no-mirror")
     assert re.search("remark: 0.pt: found (.) of \\1 cases", capsys.readouterr().out)
     run("--ckpt 0.pt 1.pt --split test --no-mirror")
     folders = " ".join(sorted(folder.name for folder in Path().glob("predictions*")))
     assert re.fullmatch("predictions-2models-[0-9a-f]{8}-test predictions-train", folders)
-    checkpoint("2.pt", layouts.find_data("phantom", trained[0]), plan=plan_for(3))
-    with pytest.raises(SystemExit, match="2.pt: found task .*class 1.*, expected .*RV.* as in 0.pt"):
-        run("--ckpt 0.pt 2.pt --split test")
+    checkpoint("2.pt", layouts.find_data("phantom", trained[0]), plan=plan_for())
+    refuses("2.pt: found task .*class 1.*, expected .*RV.* as in 0.pt", run, "--ckpt 0.pt 2.pt --split test")
     plan = planned(source := layouts.find_data("phantom", trained[0]))
     task = dataclasses.replace(plan.task, flip_axes=(0, 2))
     checkpoint("3.pt", source, plan=dataclasses.replace(plan, task=task), group="no such", fold=1)
@@ -295,8 +265,7 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained):
     save(second, np.asarray(turned.dataobj).copy(), turned.affine)  # stored with another axis first
     label, affine = array(cases[0].label), nib.load(cases[0].label).affine
     save(first, label + 3, affine)
-    with pytest.raises(SystemExit, match=f"(?s)1 problem:.*{first}: found the labels"):
-        run(*question)
+    refuses(f"(?s)1 problem:.*{first}: found the labels", run, *question)
     save(first, np.where(label == 1, 0, label).astype(np.float64), affine)  # no RV
     results = run(*question)
     assert results["per_case"][cases[1].name]["LV"] == {"dice": 1, "hd95": 0, "nsd": 1}

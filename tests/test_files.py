@@ -25,18 +25,15 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace"] and (tmp_path / "x.txt").read_text() == "whole"
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (ValueError("two\nlines"), "x.py: two\nlines"),
-        (FileNotFoundError("ours\nlisted"), "x.py: ours\nlisted"),
-        (PermissionError(13, "Permission denied", "a.pt"), "x.py: a.pt: Permission denied"),
-        (RuntimeError("torch\nmore"), "x.py: torch (--debug shows the place)"),
-        (MemoryError(), "x.py: found too little memory (MemoryError); "),
-        (RuntimeError("[enforce fail] can't allocate memory"), "x.py: found too little memory ("),
-        (ImportError("No module named 'nibabel'"), "x.py: No module named 'nibabel'; pip install -r "),
-    ],
-)
+@pytest.mark.parametrize("error, message", [
+    (ValueError("two\nlines"), "x.py: two\nlines"),
+    (FileNotFoundError("ours\nlisted"), "x.py: ours\nlisted"),
+    (PermissionError(13, "Permission denied", "a.pt"), "x.py: a.pt: Permission denied"),
+    (RuntimeError("torch\nmore"), "x.py: torch (--debug shows the place)"),
+    (MemoryError(), "x.py: found too little memory (MemoryError); "),
+    (RuntimeError("[enforce fail] can't allocate memory"), "x.py: found too little memory ("),
+    (ImportError("No module named 'nibabel'"), "x.py: No module named 'nibabel'; pip install -r "),
+])  # fmt: skip
 def test_errors_end_in_one_sentence_and_with_debug_in_a_traceback(error, message):
     with pytest.raises(SystemExit) as end, files.one_sentence("x.py", False):
         raise error

@@ -9,11 +9,8 @@ import re
 import shlex
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 
-import evaluate
 from support import sam
 
 ROOT = Path(__file__).parents[1]
@@ -24,14 +21,8 @@ PAGES["checkpoints/README.md"] = (ROOT / "checkpoints/README.md").read_text()
 TEXT = "\n".join(PAGES.values())
 PLACE = re.compile(r"`([\w/]+\.py)::([\w.]+)`")
 # Arrows point down only: a file imports from its own floor's files to the right of it, or from a floor below.
-FLOORS = (
-    ("tools/visualize", "tools/benchmark", "tools/baselines", "tools/compare"),
-    ("train",),
-    ("evaluate",),
-    ("data", "model"),
-    ("prompt_generator", "adapters"),
-    ("matcher",),
-)
+FLOORS = "tools/visualize tools/benchmark tools/baselines tools/compare, train, evaluate, data model, "
+FLOORS = [floor.split() for floor in f"{FLOORS} prompt_generator adapters, matcher".split(",")]
 
 
 def name_of(path: Path) -> str:
@@ -63,12 +54,11 @@ def symbols(file: str) -> set[str]:
     names = {Path(file).stem}
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-            inner = (child for child in ast.walk(node) if isinstance(child, ast.FunctionDef))
-            names |= {f"{node.name}.{child.name}" for child in inner}
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+            inner = (child.name for child in ast.walk(node) if isinstance(child, ast.FunctionDef))
+            names |= {node.name, *(f"{node.name}.{name}" for name in inner)}
+        else:
+            stored = (n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store))
+            names |= {n.id for n in stored if isinstance(n, ast.Name)}
     return names
 
 
@@ -123,7 +113,7 @@ def test_sizes_stay_within_the_budget():
     assert sum(lines[name] for name in TOP[:4]) <= 1050
     # The aims are 5,000 and 3,500. These limits are what was reached, so that neither grows unnoticed.
     assert sum(lines.values()) <= 6000
-    assert sum(path.read_text().count("\n") for path in ROOT.glob("tests/*.py")) <= 4800
+    assert sum(path.read_text().count("\n") for path in ROOT.glob("tests/*.py")) <= 4420
     functions = [(s.stem, n) for s in SCRIPTS for n in ast.walk(ast.parse(s.read_text()))
                  if isinstance(n, ast.FunctionDef) and n.name != "parse_arguments"]  # fmt: skip
     assert not [(stem, n.name) for stem, n in functions if n.end_lineno - n.lineno > 45]
@@ -190,33 +180,24 @@ def test_every_picture_and_link_exists():
             assert (folder / target).exists(), (name, target)
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(script, arguments) of every command in a code block of a page and in a script's header."""
-    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    blocks += [ast.get_docstring(ast.parse(script.read_text())) or "" for script in SCRIPTS]
-    script = r"\b(?:python3?|torchrun(?: --\S+)*) (?:-m )?(tools\.\w+|data\.py|train\.py|evaluate\.py)(.*)"
-    return [
-        (name, shlex.split(re.split(r"\s{3,}|#|&&", rest.replace("\\", ""))[0].replace("|", " ")))
-        for name, rest in re.findall(script, "\n".join(blocks))
-    ]
-
-
 def parser_of(script: str):
-    return importlib.import_module(script.removesuffix(".py")).parse_arguments
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_arguments
 
 
 def test_commands_of_pages_and_headers_are_understood(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    seen = commands()
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    blocks += [ast.get_docstring(ast.parse(script.read_text())) or "" for script in SCRIPTS]
+    command = r"\b(?:python3?|torchrun(?: --\S+)*) (?:-m )?(tools\.\w+|data\.py|train\.py|evaluate\.py)(.*)"
+    seen = re.findall(command, "\n".join(blocks))
     assert len(seen) >= 25
-    for script, arguments in seen:
-        if "--help" not in arguments and not any("|" in a for a in arguments):
+    for script, rest in seen:
+        arguments = shlex.split(re.split(r"\s{3,}|#|&&", rest.replace("\\", ""))[0].replace("|", " "))
+        if "--help" not in arguments:
             parser_of(script)(arguments)
 
 
-@pytest.mark.parametrize(
-    "script", ["data.py", "train.py", "evaluate.py", *(f"tools.{n[6:]}" for n in FLOORS[0])]
-)
+@pytest.mark.parametrize("script", ["data", "train", "evaluate", *FLOORS[0]])
 def test_help_ends_with_the_examples_of_the_header(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         parser_of(script)(["--help"])
@@ -232,15 +213,9 @@ def test_the_two_commands_install_what_is_pinned():
     assert all(re.fullmatch(r"[\w-]+==[\d.]+ +# .+", line) for line in lines)  # a version and a reason
 
 
-def test_shipped_weights_are_those_of_their_table_and_predict(tmp_path):
+def test_shipped_weights_are_those_of_their_table():
     files = sorted((ROOT / "checkpoints").glob("*.pt"))
     assert files and all(sam.file_sha256(file) in PAGES["checkpoints/README.md"] for file in files)
-    image = np.random.default_rng(0).normal(size=(30, 40, 8)).astype(np.float32)
-    (tmp_path / "in").mkdir()
-    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "in/case.nii.gz")
-    folders = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    evaluate.main(["--ckpt", str(ROOT / "checkpoints/hippocampus-tiny.pt"), "--no-mirror", *folders])
-    assert nib.load(tmp_path / "out/case.nii.gz").shape == image.shape
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from support import layouts
 from support.layouts import Case, find_data
 from support.presets import PRESETS
-from volumes import acdc_tree
+from volumes import acdc_tree, refuses
 
 
 def touch(base: Path, *files: str) -> None:
@@ -25,11 +25,6 @@ def folder(root: Path, cases: str, images: str | None = None, **content) -> str:
     content = {"labels": {"0": "background", "1": "a"}, "modality": {"0": "MRI"}} | content
     (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8-sig")  # with a byte-order mark
     return str(root)
-
-
-def refuses(match: str, function, *arguments, **options) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=match):
-        function(*arguments, **options)
 
 
 def names(*arguments, **options) -> dict[str, list[str]]:
@@ -74,13 +69,12 @@ def test_synapse_has_transunets_split_less_three_and_amos_takes_ct_alone(tmp_pat
     assert [(len(fold["train"]), len(fold["val"])) for fold in folds] == [(8, 2)] * 3
 
 
-def test_a_missing_phantom_is_written_and_other_missing_data_print_where_to_get_it(tmp_path, monkeypatch):
+def test_a_missing_phantom_is_written_and_other_missing_data_print_where_to_get_it(monkeypatch):
     def write_phantom(root: Path) -> None:  # a second call would fail
         acdc_tree(root / "database", range(1, 35))
         for file in root.rglob("Info.cfg"):
             file.write_text("ED: 1\nES: 12\nGroup: SYN")
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(layouts, "write_phantom", write_phantom)
     for splits in (names("phantom"), names("phantom")):
         assert [len(splits[split]) for split in ("train", "val", "test")] == [48, 8, 12]

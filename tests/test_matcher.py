@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import matcher
+from data import label_map_to_segments
 from matcher import TERM_WEIGHTS, HungarianMatcher, Segments, SetCriterion, masks_to_boxes, pairwise_terms
-from networks import labels_to_segments
 
 close = torch.testing.assert_close
 Outputs = dict[str, Tensor]
@@ -26,7 +26,7 @@ def random_task(queries: int, classes: int, seed: int = 0) -> tuple[Outputs, Seg
     labels[1][labels[1] == classes - 1] = 0
     labels[2], labels[3] = classes - 1, -1
     boxes = torch.cat([corner, corner + (1 - corner) * extent], dim=-1)
-    return out | {"aux_boxes": boxes}, labels_to_segments(labels, classes)
+    return out | {"aux_boxes": boxes}, label_map_to_segments(labels, classes)
 
 
 def pick(outputs: Outputs, segments: Segments, slices) -> tuple[Outputs, Segments]:
@@ -127,14 +127,19 @@ def test_assignment_and_loss_are_the_cheapest_of_all_permutations(queries, class
     assert (assigned.sum(-1) <= 1).all(), "no query serves two segments"
     ties = {key: value[:, :1].expand_as(value) for key, value in outputs.items()}
     assert torch.equal(match(ties, segments).sum(1), segments.present.long())
-    for no_object in (0.0, 0.3):
-        loss = float(loss_of(outputs, segments, weights=weights, no_object_weight=no_object))
-        assert loss == pytest.approx(cheapest(outputs, segments, TERM_WEIGHTS | weights, no_object), rel=1e-5)
+    for share, changes in ((0.0, {"no_object_weight": 0.0}), (matcher.NO_OBJECT_WEIGHT, {})):
+        learned = {key: value.clone().requires_grad_() for key, value in outputs.items()}
+        loss, terms = SetCriterion(weights, **changes)(learned, segments)
+        assert loss.item() == pytest.approx(cheapest(outputs, segments, TERM_WEIGHTS | weights, share), 1e-5)
+        total = TERM_WEIGHTS | weights  # the terms are reported without their weights
+        total["no_object"] = share * total["class"]
+        close(sum(total.pop(name) * term for name, term in terms.items()), loss.detach())
+        assert not total and loss.requires_grad and not any(term.requires_grad for term in terms.values())
 
 
 def test_auxiliary_and_final_predictions_share_one_assignment():
     # Query 0 has the perfect auxiliary mask, query 1 the perfect final one, which weighs three times as much.
-    segments = labels_to_segments(torch.tensor([[[0, 0], [-1, -1]]]), 1)
+    segments = label_map_to_segments(torch.tensor([[[0, 0], [-1, -1]]]), 1)
     good = torch.where(segments.masks, 9.0, -9.0)
     masks = {"aux_mask_logits": torch.cat([good, -good], 1), "mask_logits": torch.cat([-good, good], 1)}
     for weights, paid in (({}, "aux_mask_bce"), ({"aux_mask_bce": 5.0}, "mask_bce")):
@@ -151,14 +156,6 @@ def test_gradients_reach_all_outputs_of_matched_queries_and_only_the_classes_of_
     loss_of(outputs, segments).backward()  # a head without a gradient would make DDP wait for ever
     for key, value in outputs.items():
         assert torch.equal(value.grad.flatten(2).any(-1), matched | (key == "class_logits")), key
-
-
-def test_the_loss_is_the_weighted_sum_of_the_terms_that_it_reports_unweighted():
-    outputs, segments = random_task(5, 3, seed=11)
-    loss, terms = SetCriterion()(outputs, segments)
-    weights = TERM_WEIGHTS | {"no_object": TERM_WEIGHTS["class"] * matcher.NO_OBJECT_WEIGHT}
-    assert terms.keys() == weights.keys() and not any(term.requires_grad for term in terms.values())
-    close(sum(weights[name] * term for name, term in terms.items()), loss)
 
 
 def test_a_segment_that_is_not_asked_for_is_as_if_it_were_absent():

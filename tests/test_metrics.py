@@ -52,19 +52,12 @@ def test_hd95_and_nsd_equal_medpys_rule(name, spacing):
 
 
 @SPACINGS
-def test_distances_and_nsd_equal_monai(spacing):
-    """MONAI takes the larger of two directed percentiles, medpy pools both; so directed ones are compared."""
+def test_nsd_equals_monais(spacing):
     peer, torch = pytest.importorskip("monai.metrics"), pytest.importorskip("torch")
     maps = PAIRS["blobs"]
     hot = [torch.from_numpy(np.eye(4, dtype=np.int64)[labels]).movedim(-1, 0)[None] for labels in maps]
     nsd = peer.compute_surface_dice(*hot, class_thresholds=[1.4] * 3, spacing=spacing)[0]
     assert metrics.score_maps(*maps, spacing, 4, 1.4)["nsd"] == pytest.approx(nsd.numpy(), rel=1e-6)
-    theirs = peer.compute_hausdorff_distance(*hot, percentile=95, spacing=spacing)[0]
-    for k in range(1, 4):
-        edges = [metrics._surface(labels == k) for labels in maps]
-        ways = np.split(metrics._distances(edges, spacing), [np.count_nonzero(edges[0])])
-        ours = max(np.percentile(way, 95) for way in ways)
-        assert ours == pytest.approx(theirs[k - 1].item(), rel=1e-4)  # torch.quantile rounds in float32
 
 
 def test_nsd_counts_a_distance_of_exactly_the_tolerance():

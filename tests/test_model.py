@@ -21,7 +21,7 @@ import evaluate
 import model as M
 from matcher import Segments, SetCriterion, pairwise_terms
 from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters, semantic_map, trained_state
-from networks import labels_to_segments, task, tiny, wake, wake_sam
+from networks import task, tiny, wake, wake_sam
 from support import attention
 from support.presets import PRESETS
 from support.sam import BACKBONES, modeling, store_frozen
@@ -94,7 +94,6 @@ def decoder_inputs(net: MaskSAM) -> dict[str, Tensor]:
     shapes = {"image_embeddings": (slices, dim, *grid), "image_pe": (1, dim, *grid)}
     shapes |= {"sparse_prompt_embeddings": (slices * n, 2, dim)}
     shapes |= {"dense_prompt_embeddings": (slices * n, dim, *grid), "class_tokens": (slices, n, dim)}
-    torch.manual_seed(3)
     return {name: torch.randn(*shape, dtype=dtype) for name, shape in shapes.items()}
 
 
@@ -111,15 +110,9 @@ def test_every_variant_starts_as_sams_decoder_image_by_image(changes):
         found = net.decode(**inputs)[1]
         of_slice = zip(neck.split(1), sparse.split(n), dense.split(n))  # SAM takes one image at a time
         masks = [net.sam.mask_decoder.predict_masks(x, image_pe, *prompts)[0] for x, *prompts in of_slice]
+        with_token = net.decode(**inputs | {"class_tokens": net.class_tokens.expand(len(neck), -1, -1)})[1]
     close(found, torch.stack(masks)[:, :, 0])
-
-
-def test_class_token_alone_changes_the_sign_of_a_few_mask_pixels():
-    net = awake()
-    inputs = decoder_inputs(net) | {"class_tokens": net.class_tokens.expand(4, -1, -1)}
-    with torch.no_grad():
-        masks, sams = (net.decode(**inputs | other)[1] for other in ({}, {"class_tokens": None}))
-    assert 0 < ((masks > 0) != (sams > 0)).double().mean() < 0.15
+    assert 0 < ((with_token > 0) != (found > 0)).double().mean() < 0.15  # which alone changes a few signs
 
 
 def test_prompts_reach_sam_as_encoder_pixels_in_float32_under_autocast():
@@ -163,7 +156,6 @@ def test_variants_are_the_rows_of_table_4():
 def test_adapter_links_the_same_place_of_neighbouring_slices(kind, window, dim, place):
     # The release folds windows as if they were slices, so an impulse leaves its place. Here attention fills
     # its window; the convolution of the adapter, and that of TinyViT's block, add a token each around it.
-    torch.manual_seed(0)
     adapters, block, halo = M.TinyViTBlockAdapters, TransformerBlock(64, 4, 7), 2
     if kind != "light":
         adapters, block = M.EncoderBlockAdapters, BACKBONES["tiny"].build().image_encoder.blocks[window == 0]
@@ -294,7 +286,7 @@ def boxes_task(net: MaskSAM) -> tuple[Tensor, Segments]:
     volume, segments = task(net)
     labels = segments.masks.to(torch.uint8).argmax(1)
     labels[1][labels[1] == 2] = 0
-    return torch.cat([volume, labels[None, None].to(volume)], dim=1), labels_to_segments(labels, 3)
+    return torch.cat([volume, labels[None, None].to(volume)], dim=1), data.label_map_to_segments(labels, 3)
 
 
 @pytest.mark.parametrize("variant", ["b1", "b2", "b9"])
@@ -414,9 +406,7 @@ def test_frozen_weights_in_autocasts_type_give_the_same_bits_with_fewer_casts(sa
 
 @pytest.mark.parametrize("name, expected", [("acdc", [1, 1, 0]), ("synapse", [1, 0, 0]), ("amos", [1, 0, 0])])
 def test_checkpointing_follows_the_memory_of_the_device(name, expected):
-    config = SimpleNamespace(
-        patch_size=(p := PRESETS[name]).patch_size, grid=[n // 16 for n in p.encoder_size]
-    )
+    config = MaskSAMConfig(patch_size=PRESETS[name].patch_size, encoder_size=PRESETS[name].encoder_size)
     net = SimpleNamespace(config=config, encoder=SimpleNamespace(block_dims=[768] * 12))
     assert [MaskSAM.needs_checkpointing(net, 2, "bf16", gib * 2**30) for gib in (24, 40, 79)] == expected
 
@@ -441,17 +431,3 @@ def test_gradient_checkpointing_computes_blocks_twice_but_the_last_mlp_layer_and
         net.predict(volume)  # nothing is computed again
         assert calls.count("1") == 2 + checkpointing
     close(*gradients, rtol=1e-5, atol=1e-8)  # the same kernels run twice on the same numbers
-
-
-def test_torch_compile_finds_one_graph_that_gives_the_same_outputs_and_gradients():
-    net = tiny()
-    volume, weights = task(net)[0], [parameter for parameter in net.parameters() if parameter.requires_grad]
-
-    def run() -> list[Tensor]:
-        outputs = list(net(volume).values())
-        total = sum(output.float().sum() for output in outputs)
-        return [*outputs, *torch.autograd.grad(total, weights, allow_unused=True)]
-
-    expected = run()
-    net.compile(backend="eager", fullgraph=True)  # traces the graph, without the minutes of code generation
-    assert all(torch.equal(a, b) for a, b in zip(run(), expected) if a is not None)

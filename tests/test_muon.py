@@ -11,7 +11,7 @@ from support.muon import Muon, orthogonalise
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
 def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
-    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), False)
+    u, _, v = torch.linalg.svd(torch.randn(shape), False)
     values = torch.logspace(0, -1.5, min(shape))
     made = u.T @ orthogonalise((1e3 * u * values @ v)[None])[0] @ v.T  # of any length
     assert made.diag().min() > 0.6 and made.diag().max() < 1.3

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +57,8 @@ next(batches)
 print(file=sys.stderr)
 raise SystemExit("an error")  # with the workers alive
 """
-    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    options = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True, "timeout": 60}
+    end = subprocess.run([sys.executable, "-c", code], **options)
     assert end.returncode == 1 and end.stderr.endswith("\nan error\n")
 
 
@@ -69,10 +72,28 @@ def test_other_systems_measure_memory_in_bytes_or_not_at_all(monkeypatch):
     assert math.isnan(processes.peak_memory(torch.device("cpu")))
 
 
+def test_processes_that_torchrun_starts_again_do_not_look_for_the_dead():
+    """torchrun keeps its store, where the addresses of the processes of the first start lie."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    places["TORCHELASTIC_USE_AGENT_STORE"], fork = "True", multiprocessing.get_context("fork")
+
+    def work(rank: int, start: int) -> None:
+        os.environ |= places | {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(start)}
+        time.sleep(1 - rank)  # So the second one meets only what the dead have left.
+        assert processes.join("cpu").gather(rank) == [0, 1]
+
+    for start in (0, 1):
+        workers = [fork.Process(target=work, args=(rank, start), daemon=True) for rank in (0, 1)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+
+
 def test_one_device_for_several_processes_is_refused(monkeypatch):
     assert processes.join("cuda:0") == processes.Processes(0, 0, 1, None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match="--device: found cuda:0, expected cuda: each of 2 processes has its"
-    ):
+    with pytest.raises(ValueError, match="--device: found cuda:0, expected cuda: each of 2 processes has"):
         processes.join("cuda:0")

@@ -12,6 +12,7 @@ from model import MaskSAMConfig, build_model, checkpoint_content, load_checkpoin
 from networks import task, wake
 from support.checkpoints import write_checkpoint
 from support.sam import BACKBONES, file_sha256, find_sam_file, resample_position_embedding
+from volumes import plan_for, refuses
 
 
 def test_torchvision_is_not_imported_and_no_stand_in_for_segment_anything_stays_behind():
@@ -22,12 +23,9 @@ def test_torchvision_is_not_imported_and_no_stand_in_for_segment_anything_stays_
 def test_a_program_that_has_imported_segment_anything_itself_can_import_ours_too():
     """MONAI does so beside torchvision. The package then has a function `build_sam`, not a module."""
     code = """if True:
-        import sys, types
-        parts = "torchvision", "torchvision.transforms", "torchvision.transforms.functional"
-        boxes = "torchvision.ops", "torchvision.ops.boxes"
-        sys.modules |= {name: types.ModuleType(name) for name in parts + boxes}
-        for name in ("resize", "to_pil_image", "batched_nms", "box_area"):
-            setattr(sys.modules[(parts if name in ("resize", "to_pil_image") else boxes)[-1]], name, None)
+        import sys, types, unittest.mock
+        for part in ("", ".transforms", ".transforms.functional", ".ops", ".ops.boxes"):
+            sys.modules[f"torchvision{part}"] = unittest.mock.MagicMock()
         import segment_anything
         assert not isinstance(segment_anything.build_sam, types.ModuleType)
         import support.sam"""
@@ -59,12 +57,10 @@ def test_wrong_sam_file_is_refused_with_its_name_and_the_expected_one(content, s
     torch.save(files.get(content, dict(list(state.items())[1:])), path)
     if content == "garbage":
         path.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"wrong\.pth does not hold SAM small: .*the file small\.pth"):
-        build_model(MaskSAMConfig(sam="small", encoder_size=(64, 64)), path)
-    with pytest.raises(FileNotFoundError, match=r"gone\.pth: no such file, expected SAM small \(small\.pth"):
-        find_sam_file("small", "gone.pth")
-    with pytest.raises(ValueError, match="tiny has no pre-trained weights: leave out --sam-checkpoint"):
-        find_sam_file("tiny", small)
+    config = MaskSAMConfig(sam="small", encoder_size=(64, 64))
+    refuses(r"wrong\.pth does not hold SAM small: .*the file small\.pth", build_model, config, path)
+    refuses(r"gone\.pth: no such file, expected SAM small \(small\.pth", find_sam_file, "small", "gone.pth")
+    refuses("tiny has no pre-trained weights: leave out --sam-checkpoint", find_sam_file, "tiny", small)
 
 
 def test_download_is_checked_kept_and_not_repeated_or_says_where_from(small, tmp_path, monkeypatch):
@@ -88,20 +84,17 @@ def test_published_files_come_from_their_own_homes_and_lite_medsam_by_hand(tmp_p
     assert all(file.url.endswith(f"/{file.file}") and len(file.sha256) == 64 for file in files)
     homes = [file.url.split("/")[2] for file in files]
     assert homes == ["dl.fbaipublicfiles.com"] * 3 + ["github.com"]
-    with pytest.raises(FileNotFoundError, match="Google Drive .*--sam-checkpoint FILE"):
-        find_sam_file("lite_medsam")
+    refuses("Google Drive .*--sam-checkpoint FILE", find_sam_file, "lite_medsam")
 
 
 @pytest.mark.parametrize("sam", ["small", "tiny"])
 def test_checkpoint_holds_the_trained_tensors_alone_and_gives_identical_outputs(sam, small, tmp_path):
-    torch.manual_seed(2)
     sizes = {"num_classes": 3, "num_queries": 3, "patch_size": (2, 32, 32), "encoder_size": (64, 96)}
     path, file = tmp_path / "best.pt", small if sam == "small" else None
     net, record = build_model(MaskSAMConfig(sam, **sizes), file)
     wake(net.encoder_adapters, std=0.05)
-    plan = {"spacing": [None, 1.5, 1.5], "task": {"labels": ["a", "b", "c"], "channels": ["MR"]}}
-    plan |= {"intensity": [None], "ranges": [], "decisions": []}
-    content = checkpoint_content(net, record, plan) | {"epoch": 7, "cases": {"train": ["x"], "val": []}}
+    plan, rest = plan_for().as_dict(), {"epoch": 7, "cases": {"train": ["x"], "val": []}}
+    content = checkpoint_content(net, record, plan) | rest
     write_checkpoint(path, content)
     held = {key: value for key, value in net.state_dict().items() if sam == "tiny" or key[:4] != "sam."}
     assert trained_state(net).keys() == held.keys()
@@ -123,5 +116,4 @@ def test_checkpoint_holds_the_trained_tensors_alone_and_gives_identical_outputs(
         ({}, other, rf"{file_sha256(small)}, found {file_sha256(other)}.*--sam-checkpoint"),
     ):
         write_checkpoint(path, content | {"config": config | changes})
-        with pytest.raises(ValueError, match=message):
-            load_checkpoint(path, sam_file)
+        refuses(message, load_checkpoint, path, sam_file)

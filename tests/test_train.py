@@ -17,6 +17,7 @@ import train
 from support import layouts, metrics, nifti, phantom
 from support.presets import PRESETS
 from support.sam import resample_position_embedding
+from volumes import refuses, save
 
 SMALL = "--sam tiny --patch 2 32 32 --encoder 32 32 --queries 4 --amp off --lr 1e-3".split()
 SMALL += "--val-every 2 --val-cases 2 --optimizer muon".split()
@@ -33,7 +34,7 @@ def root(tmp_path_factory) -> Path:
         volume = np.asarray(nib.load(file).dataobj)
         x, y, z = (n // 2 for n in volume.shape)
         part = volume[x - 32 : x + 32 : 2, y - 32 : y + 32 : 2, z - 1 : z + 1]
-        nib.save(nib.Nifti1Image(part, np.diag([3, 3, 8, 1])), file)
+        save(file, part, np.diag([3, 3, 8, 1]))
     return path
 
 
@@ -55,9 +56,8 @@ def whole(root, tmp_path_factory) -> tuple[Path, list[dict], dict]:
 
 
 @pytest.fixture
-def quick(tmp_path, monkeypatch) -> None:
-    """A new working directory, and runs without pictures."""
-    monkeypatch.chdir(tmp_path)
+def quick(monkeypatch) -> None:
+    """Runs without pictures."""
     monkeypatch.setattr(train, "draw", lambda run: None)
 
 
@@ -82,15 +82,19 @@ def test_a_run_leaves_what_the_header_lists(whole):
     assert best["metrics"]["val_dice"] == max(entry["val_dice"] for entry in log[1:])
 
 
-@pytest.mark.parametrize("where, number", [("train_step", 0), ("train_step", 15), ("predict_case", 2)])
+# Where a run is stopped, and by which signal, or by an error -> the steps in last.pt
+STOPS = {("train_step", 0): 2, ("train_step", 15): 3, ("predict_case", 2): 4, ("write_checkpoint", 0): 4}
+
+
+@pytest.mark.parametrize("where, number", STOPS)
 def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick, monkeypatch, where, number):
-    """An error or a signal inside the second epoch, and one in a validation."""
+    """Inside the second epoch, in its validation, and with its best.pt and its line of the log written."""
     module = evaluate if where == "predict_case" else train
     original, calls = getattr(module, where), []
 
     def fail_once(*args, **options):
         calls.append(1)
-        if len(calls) == (3 if where == "train_step" else 1):
+        if len(calls) == {"train_step": 3, "predict_case": 1, "write_checkpoint": 4}[where]:
             if not number:
                 raise RuntimeError("a power cut")
             os.kill(os.getpid(), number)
@@ -102,10 +106,11 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(root, whole, quick,
         run(root, "parts", *SCHEDULE, *more, "--resume")  # There is nothing yet.
     assert end.value.code == 128 + number if number else "a power cut" in end.value.code
     steps = torch.load("runs/phantom-parts/last.pt", weights_only=True)["step"]
-    assert steps == {("train_step", 0): 2, ("train_step", 15): 3, ("predict_case", 2): 4}[where, number]
+    assert steps == STOPS[where, number]
     log, last = run(root, "parts", *SCHEDULE, *more, "--resume")
     again = 2 * (log[1]["val_dice"] >= log[2]["val_dice"])  # The best is not the last: it is predicted again.
-    assert len(calls) == {"train_step": 7 - bool(number), "predict_case": 5 + again}[where]
+    often = {"train_step": 7 - bool(number), "predict_case": 5 + again, "write_checkpoint": 10 - again // 2}
+    assert len(calls) == often[where]
     assert [*map(losses, log)] == [*map(losses, whole[1])]
     assert all(torch.equal(value, last["state"][key]) for key, value in whole[2]["state"].items())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -122,27 +127,23 @@ def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
     assert "to 2 epochs; from here on the rate is that of 2 epochs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (["--queries", "6", "--resume"], "last.pt: found another configuration .*num_queries 4 -> 6"),
-        (["--epochs", "2", "--resume"], "epochs 3 -> 2"),
-        ([], "runs/phantom-whole: found a run; use --resume, choose another --name"),
-        (["--lr", "-1"], "--lr: found -1.0, expected more than 0"),
-        (["--val-every", "0"], "--val-every: found 0, expected more than 0"),
-        (["--workers", "-1"], "--workers: found -1, expected 0 or more"),
-        (["--val-cases", "-1"], "--val-cases: found -1, expected more than 0"),
-        (["--augment", "-1"], "--augment: found -1.0, expected 0 or more"),
-        (["--name", "few", "--queries", "3"], "num_queries is 3, expected 4 to 1024"),
-        (["--name", "none", "--init", "gone.pt"], "gone.pt: found no such file"),
-        (["--name", "none", "--sam", "vit_b", "--sam-checkpoint", "gone.pth"], "gone.pth: no such file"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    ("--queries 6 --resume", "last.pt: found another configuration .*num_queries 4 -> 6"),
+    ("--epochs 2 --resume", "epochs 3 -> 2"),
+    ("", "runs/phantom-whole: found a run; use --resume, choose another --name"),
+    ("--lr -1", "--lr: found -1.0, expected more than 0"),
+    ("--val-every 0", "--val-every: found 0, expected more than 0"),
+    ("--workers -1", "--workers: found -1, expected 0 or more"),
+    ("--val-cases -1", "--val-cases: found -1, expected more than 0"),
+    ("--augment -1", "--augment: found -1.0, expected 0 or more"),
+    ("--name few --queries 3", "num_queries is 3, expected 4 to 1024"),
+    ("--name none --init gone.pt", "gone.pt: found no such file"),
+    ("--name none --sam vit_b --sam-checkpoint gone.pth", "gone.pth: no such file"),
+])  # fmt: skip
 def test_wrong_arguments_end_in_one_message_and_change_no_file(root, whole, monkeypatch, change, message):
     monkeypatch.chdir(whole[0])
     before = Path("runs/phantom-whole/last.pt").read_bytes()
-    with pytest.raises(SystemExit, match=message):
-        run(root, "whole", *SCHEDULE, *change)
+    refuses(message, run, root, "whole", *SCHEDULE, *change.split())
     assert Path("runs/phantom-whole/last.pt").read_bytes() == before
 
 
@@ -189,8 +190,7 @@ def test_init_loads_what_fits_and_names_the_rest(root, whole, quick, capsys):
     assert json.loads(Path("runs/phantom-init/config.json").read_text())["arguments"]["init"] == "more.pt"
     content["config"]["sam"] = "vit_b"
     torch.save(content, "other.pt")
-    with pytest.raises(SystemExit, match="other.pt: found the backbone vit_b, expected tiny"):
-        run(root, "other", *SHORT, "--init", "other.pt")
+    refuses("other.pt: found the backbone vit_b, exp", run, root, "other", *SHORT, "--init", "other.pt")
 
 
 def test_a_validation_costs_at_most_a_tenth_of_the_training(root, quick):
@@ -221,7 +221,6 @@ def test_two_processes_equal_one_with_the_default_settings(root, quick, monkeypa
     (one,), _ = run(root, "one", *SHORT)
     with socket.create_server(("127.0.0.1", 0)) as free:
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-
     original = train.train_step
 
     def train_one_half(rank: int, *more: str) -> None:
@@ -280,8 +279,7 @@ def test_a_run_with_given_boxes_is_named_scored_and_written_as_such(root, whole,
     assert "Not automatic: the model was given the boxes of the truth." in capsys.readouterr().out
     folder = Path("runs/phantom-a-boxes-gt/predictions-boxes-gt-val")
     checkpoint = ["--ckpt", str(folder.parent / "best.pt"), "--amp", "off", "--no-mirror"]
-    with pytest.raises(SystemExit, match="--prompts: found auto, expected gt or a folder, as runs/.*best.pt"):
-        evaluate.main(checkpoint)
+    refuses("--prompts: found auto, expected gt or a folder, as runs/.*best.pt", evaluate.main, checkpoint)
     results = evaluate.main([*checkpoint, "--prompts", "gt"])
     assert json.loads((folder / "metrics-boxes-gt.json").read_text()) == results | {"prompts": "gt"}
     assert entry["val_dice"] == pytest.approx(results["mean"]["dice"])  # It was not mirrored either.
@@ -296,9 +294,7 @@ def test_a_run_with_given_boxes_is_named_scored_and_written_as_such(root, whole,
 
 def test_segments_without_a_box_of_the_other_program_are_not_asked_for(root, quick):
     """The other program sees nothing: only the background is matched, and the loss is that of one class."""
-    Path("net").mkdir()
     for case in sum(layouts.find_data("phantom", str(root)).splits.values(), ()):
-        empty = np.zeros((32, 32, 2), np.uint8)
-        nib.save(nib.Nifti1Image(empty, nib.load(case.label).affine), f"net/{case.name}.nii.gz")
+        save(f"net/{case.name}.nii.gz", np.zeros((32, 32, 2), np.uint8), nib.load(case.label).affine)
     (entry,), _ = run(root, "n", *SHORT, "--prompts", "net")
     assert entry["loss_class"] < 5 and entry["val_dice"] == 0

@@ -2,18 +2,25 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 from support.nifti import Geometry
 from support.presets import PRESETS, Task
 
-REAL = Path(os.environ.get("MASKSAM_TEST_DATA", "MASKSAM_TEST_DATA is not set")) / "data"
+REAL = Path(os.environ.get("MASKSAM_TEST_DATA", "/nowhere")).resolve()  # a folder with data/ and weights/
+
+
+def refuses(words: str, function: Callable, *arguments, **options) -> None:
+    """Call a function that must raise one of our errors, or end the program, with these words."""
+    with pytest.raises((ValueError, OSError, SystemExit), match=words):
+        function(*arguments, **options)
 
 
 def save(path: Path | str, array: np.ndarray, affine: np.ndarray | None = None) -> str:
@@ -50,20 +57,14 @@ def decathlon(root: Path, number: int = 5, modality: str = "MRI", affine: np.nda
     return root
 
 
-def plan_for(labels=3, spacing=(1.0, 1.0, 1.0), intensity=None, flip_axes=(), channels=("MR",)) -> data.Plan:
-    names = tuple(f"class {i}" for i in range(labels))
-    kind = "CT" if intensity else "MR"
-    intensity = intensity or (None,) * len(channels)
-    return data.Plan("x", Task(names, channels, (kind,) * len(channels), flip_axes), spacing, intensity)
+def plan_for(spacing=(1.0, 1.0, 1.0), flip_axes=(), modality=("MR",), intensity=(None,)) -> data.Plan:
+    labels = tuple(f"class {i}" for i in range(3))
+    return data.Plan("x", Task(labels, modality, modality, flip_axes), spacing, intensity)
 
 
 def planned(source) -> data.Plan:
     """Return the plan of a data set, which must have no problem."""
     return data.make_plan(source, [*data.survey(source.splits["train"], source.task).values()])
-
-
-def one_hot(label: np.ndarray, classes: int) -> torch.Tensor:
-    return F.one_hot(torch.from_numpy(label).long(), classes).permute(3, 0, 1, 2).float()
 
 
 def to_native(semantic: torch.Tensor, geometry: Geometry, slab: int = 3) -> np.ndarray:
