@@ -177,6 +177,17 @@ def test_adapter_links_the_same_place_of_neighbouring_slices(kind, window, dim, 
         assert torch.equal(found, expected)
 
 
+def test_adapter_behind_a_convolution_block_links_neighbouring_slices_of_a_volume():
+    net = awake(sam="lite_medsam", volumetric=True, patch_size=(4, 32, 32))
+    wake(net.encoder_adapters[0])
+    image = torch.randn(8, 3, *net.config.encoder_size, dtype=torch.float64)
+    with torch.no_grad():
+        before = net.encode(image)[1][0]  # the tap behind the convolution blocks
+        image[5] += torch.randn_like(image[5])
+        found = changed(net.encode(image)[1][0], before, 1).view(2, 4)
+    assert found.tolist() == [[False] * 4, [True, True, True, False]]
+
+
 @pytest.mark.parametrize("sam, index", [("tiny", 1), ("lite_medsam", 0)])
 def test_adapter_beside_the_mlp_counts_half(sam, index):
     net, x = awake(sam=sam), torch.randn(2, 8, 8, 128, dtype=torch.float64)
