@@ -85,7 +85,7 @@ def one_sentence(script: str, debug: bool) -> Iterator[None]:
 
 
 def device_name(name: str) -> str:
-    """Return the name of a device that is here; argparse prints the error for another one."""
+    """Return the name of a device, and make a GPU with a number the current one; argparse prints errors."""
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
         raise argparse.ArgumentTypeError(f"found {name}, expected cpu or cuda")

@@ -50,6 +50,9 @@ def test_a_device_that_is_not_here_is_refused(device, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         parser.parse_args(["--device", device])
     assert f"--device: found {device}, " in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", (chosen := []).append)
+    assert parser.parse_args(["--device", "cuda:1"]).device == "cuda:1" and chosen == [1]
 
 
 @pytest.mark.parametrize("missing", [["sched_getaffinity"], ["sched_getaffinity", "sysconf_names"]])
