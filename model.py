@@ -20,6 +20,7 @@ decoder, changes the masks: with MobileSAM's weights about 2.7 % of their pixels
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -97,9 +98,12 @@ class MaskSAM(nn.Module):
         shapes = [(depth, 1, 1, encoder.width), (depth, 1, 1, dim)] if depth_embedding else [None, None]
         embeddings = [shape and nn.Parameter(torch.zeros(shape)) for shape in shapes]
         self.encoder_depth_embed, self.decoder_depth_embed = embeddings
-        taps, sizes = (dim, encoder.tap_dims), (config.grid, tuple(patch), config.num_queries)
-        how = form, config.mask_prompt, encoder.scales, depth if config.volumetric else None
-        self.prompt_generator = PromptGenerator(*taps, *sizes, *how)
+        tap_dims, scales, fine = encoder.tap_dims, encoder.scales, config.fine_masks
+        if fine:  # Ours: the slices themselves are one more tap, the lowest, of the patch's size.
+            tap_dims, scales = [config.num_channels, *tap_dims], scales and (*scales, math.inf)
+        sizes = config.grid, tuple(patch), config.num_queries
+        how = form, config.mask_prompt, scales, depth if config.volumetric else None, fine
+        self.prompt_generator = PromptGenerator(dim, tap_dims, *sizes, *how)
         # Ours: every query has a global class token (the release shares one), of deviation 0.02 at first.
         self.class_tokens = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
         self.classifier = nn.Linear(dim, config.num_classes + 1)
@@ -109,8 +113,9 @@ class MaskSAM(nn.Module):
     def forward(self, volume: Tensor) -> dict[str, Tensor]:
         """Segment (B, C, D, H, W), normalised; with given boxes (B, C+1, D, H, W), their label map last.
 
-        Returns: class_logits (S, N, K+1), "no object" last; mask_logits (S, N, 4h, 4w); if the variant has
-        them, aux_mask_logits (S, N, H, W) and aux_boxes (S, N, 4); with given boxes, asked (S, K).
+        Returns: class_logits (S, N, K+1), "no object" last; mask_logits (S, N, 4h, 4w), or (S, N, H, W) if
+        they are fine; if the variant has them, aux_mask_logits (S, N, H, W) and aux_boxes (S, N, 4); with
+        given boxes, asked (S, K).
         """
         config, given = self.config, None
         expected = (config.num_channels + config.given_boxes, *config.patch_size)
@@ -121,19 +126,15 @@ class MaskSAM(nn.Module):
             given = GivenBoxes.from_label_map(slices[:, -1], config.num_classes, config.num_queries)
             slices = slices[:, :-1]
         neck, taps = self.encode(self.stem(slices))
+        taps = [slices, *taps] if config.fine_masks else taps
         aux = self.prompt_generator(neck, taps, self.gradient_checkpointing)
         sparse, dense, image_pe = self.encode_prompts(aux, given)
         class_tokens = self.class_tokens + aux.pop("class_tokens")  # (S, N, width): global + auxiliary (2.6)
-        class_logits, mask_logits = self.decode(neck, image_pe, sparse, dense, class_tokens)
+        tokens = class_tokens, aux.pop("detail", None)
+        class_logits, mask_logits = self.decode(neck, image_pe, sparse, dense, *tokens)
         if given is not None:
             class_logits, aux["asked"] = given.restrict(class_logits), given.asked
         return {"class_logits": class_logits, "mask_logits": mask_logits, **aux}
-
-    def needs_checkpointing(self, patches: int, amp: str, memory: float) -> bool:
-        """Whether encoder blocks would keep over a sixth of a memory in bytes for backward (Ours)."""
-        tokens = patches * self.config.patch_size[0] * self.config.grid[0] * self.config.grid[1]
-        kept = 74 if amp == "off" else 42  # bytes per token, channel and block, counted for ViT-B
-        return kept * tokens * sum(self.encoder.block_dims) > memory / 6
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode (S, 3, *encoder_size): the neck (S, width, h, w) and four taps, shallow first (fig. 3a)."""
@@ -153,12 +154,14 @@ class MaskSAM(nn.Module):
             return sparse, dense, encoder.get_dense_pe()
 
     def decode(
-        self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, class_tokens
-    ) -> tuple[Tensor | None, Tensor]:
+        self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, class_tokens,
+        detail=None,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         """Repeat SAM's `MaskDecoder.predict_masks` for S images with N prompts each (2.6, fig. 3c).
 
         Neck (S, width, h, w), outputs of `encode_prompts`, class_tokens (S, N, width), or None for SAM's own
-        decoder -> class_logits (S, N, K+1) or None, mask_logits (S, N, 4h, 4w).
+        decoder, detail (S, width / 8, H, W) of the prompt generator or None -> class_logits (S, N, K+1) or
+        None, mask_logits (S, N, 4h, 4w), or (S, N, H, W) with detail.
         """
         decoder, n = self.sam.mask_decoder, self.config.num_queries  # +
         # (S*N, T, width): SAM's IoU token, four mask tokens, two box corners, and the class token.
@@ -182,6 +185,9 @@ class MaskSAM(nn.Module):
         b, c, h, w = upscaled_embedding.shape
         masks = (hyper_in @ upscaled_embedding.view(b, c, h * w)).view(b, -1, h, w)
         masks = masks.flatten(0, 1).unflatten(0, (-1, n))  # +
+        if detail is not None:  # Ours: the same weights read the detail, at the size of the patch.  # +
+            fine = torch.einsum("snc,schw->snhw", hyper_in[:, 0].unflatten(0, (-1, n)), detail)  # +
+            masks = resize(masks, fine.shape[-2:]) + fine  # +
         class_logits = None if class_tokens is None else self.classifier(hs[:, -1]).unflatten(0, (-1, n))  # +
         return class_logits, masks  # +
 
@@ -388,6 +394,7 @@ class MaskSAMConfig:
     encoder_size: tuple[int, int] = (1024, 1024)  # (rows, columns), multiples of the backbone's stride
     mask_prompt: str = "logits"  # or "binary": the mask prompt that SAM gets
     given_boxes: bool = False  # the boxes of the classes are given, in training and in use
+    fine_masks: bool = False  # masks of the patch's size, with one more level of the prompt generator
     volumetric: bool = False  # 3-D convolutions in the prompt generator and behind TinyViT's convolutions
 
     def __post_init__(self):
@@ -400,8 +407,7 @@ class MaskSAMConfig:
             if len(value) != length or not all(0 < n <= BOUNDS[name] and n % multiple == 0 for n in value):
                 expected = f"{length} positive multiples of {multiple} up to {BOUNDS[name]}"
                 raise ValueError(f"{name} is {value}, expected {expected}")
-        least = {"num_channels": 1, "num_classes": 2, "num_queries": self.num_classes}
-        for name, low in least.items():
+        for name, low in {"num_channels": 1, "num_classes": 2, "num_queries": self.num_classes}.items():
             if not low <= getattr(self, name) <= BOUNDS[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {BOUNDS[name]}")
 

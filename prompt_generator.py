@@ -130,11 +130,13 @@ class PromptGenerator(nn.Module):
         form: the letter of fig. 5, "a" to "d"; see `prompts`.
         mask_prompt: whether SAM gets the masks as "logits" or "binary".
         scales: as in `level_sizes`. depth: as in `Level`.
+        fine: whether the last level also makes "detail", which the mask decoder adds to its image.
     """
 
     def __init__(
-        self, neck_dim, tap_dims, grid, patch_size, num_queries, form, mask_prompt, scales=None, depth=None
-    ):
+        self, neck_dim, tap_dims, grid, patch_size, num_queries, form, mask_prompt, scales=None, depth=None,
+        fine=False,
+    ):  # fmt: skip
         super().__init__()
         self.patch_size, self.num_queries = patch_size, num_queries
         self.form, self.mask_prompt = form, mask_prompt
@@ -143,6 +145,10 @@ class PromptGenerator(nn.Module):
         sizes = level_sizes(grid, patch_size, len(dims), scales)
         self.neck = convolution(neck_dim, neck_dim, depth)
         self.levels = nn.ModuleList(map(Level, dims, reversed(tap_dims), dims[1:], sizes[1:], repeat(depth)))
+        if fine:  # Ours: a second convolution of the slices; detail is silent at first, as the adapters are.
+            self.levels[-1].merge.extend(convolution(dims[-1], dims[-1], depth))
+            self.detail_head = nn.Conv2d(dims[-1], neck_dim // 8, kernel_size=1, bias=False)
+            nn.init.zeros_(self.detail_head.weight)
         self.class_head = self._mlp(sum(dims), neck_dim, num_queries * neck_dim)
         if form != "b":
             self.mask_head = nn.Conv2d(dims[-1], num_queries, kernel_size=1)
@@ -165,7 +171,8 @@ class PromptGenerator(nn.Module):
             recompute: whether backward computes the last level, which is the largest, again.
         Returns:
             class_tokens (S, N, neck_dim); aux_mask_logits (S, N, H, W), the paper's m^aux, but not in form b;
-            aux_boxes (S, N, 4) x0 <= x1, y0 <= y1 in [0, 1], the paper's b^aux, but not in form a.
+            aux_boxes (S, N, 4) x0 <= x1, y0 <= y1 in [0, 1], the paper's b^aux, but not in form a;
+            detail (S, neck_dim / 8, H, W) if the generator is fine.
         """
         features = [self.neck(neck)]  # (S, neck_dim, h, w)
         for level, tap in zip(self.levels, reversed(taps)):
@@ -177,6 +184,8 @@ class PromptGenerator(nn.Module):
             return torch.cat([F.adaptive_avg_pool2d(feature, side).flatten(1) for feature in features], dim=1)
 
         out = {"class_tokens": self.class_head(pooled(1)).unflatten(1, (self.num_queries, -1))}
+        if hasattr(self, "detail_head"):
+            out["detail"] = resize(self.detail_head(features[-1]), self.patch_size)
         if self.form != "b":
             out["aux_mask_logits"] = resize(self.mask_head(features[-1]), self.patch_size)
         if self.form != "a":

@@ -80,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS, help="muon learns faster from random weights")
     add("--lr", type=float, help="learning rate of the first step")
     add("--augment", type=float, help="factor of the probabilities of augmentations, 0 for none")
+    add("--fine-masks", action=argparse.BooleanOptionalAction, help="masks of the patch's size")
     add("--volumetric", action=argparse.BooleanOptionalAction, help="more convolutions in 3-D")
     add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
@@ -179,7 +180,7 @@ class Run:
             torch.set_float32_matmul_precision("high")
         sizes = {"patch_size": tuple(args.patch_size), "encoder_size": tuple(args.encoder_size)}
         sizes |= {"num_channels": len(task.channels), "num_classes": len(task.labels)}
-        sizes |= {"num_queries": args.num_queries, "volumetric": args.volumetric}
+        sizes |= {name: getattr(args, name) for name in ("num_queries", "fine_masks", "volumetric")}
         prompts = {"mask_prompt": args.mask_prompt, "given_boxes": args.prompts != "auto"}
         config = model.MaskSAMConfig(args.sam, args.variant, **sizes, **prompts)
         self.model, self.sam = model.build_model(config, args.sam_checkpoint)
@@ -187,7 +188,7 @@ class Run:
         store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
         if args.checkpointing is None:
             memory = files.total_memory(self.device)
-            args.checkpointing = self.model.needs_checkpointing(self.share, args.amp, memory)
+            args.checkpointing = processes.needs_checkpointing(self.model, self.share, args.amp, memory)
         self.model.gradient_checkpointing = args.checkpointing
         self.criterion = SetCriterion({"mask_bce": args.mask_weight, "mask_dice": args.mask_weight})
         trained = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
@@ -241,15 +242,15 @@ def resume(run: Run) -> bool:
     content = run.group.from_first(lambda: read_checkpoint(path, keys) if path.exists() else None)
     if content is None:
         return False
-    old = {"optimizer": "adamw", "augment": 1.0, "volumetric": False}  # of older code
-    old |= content["config"] | content["plan"] | content["schedule"]
+    old = content["config"] | content["plan"] | content["schedule"]
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
     if (epochs := new["epochs"]) > old.get("epochs", epochs):
         if run.group.rank == 0:
             print(f"extends   {path} to {epochs} epochs; from here on the rate is that of {epochs} epochs")
         old["epochs"] = epochs
     keys = sorted((old | new).keys() - {"decisions"})  # The plan's sentences may be worded anew.
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+    keys = [key for key in keys if old.get(key, False) != new.get(key)]  # What older code lacks is off.
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]
     changed += [f"other {split} cases" for split in run.cases if run.cases[split] != content["cases"][split]]
     if changed:
         raise ValueError(f"{path}: found another configuration ({'; '.join(changed)}); use another --name")
@@ -422,13 +423,13 @@ def begin_log(run: Run) -> None:
     counts = model.count_parameters(run.model)
     counts["total"] = trained, frozen = tuple(map(sum, zip(*counts.values())))  # table 5
     patch, encoder = (" x ".join(map(str, size)) for size in (config.patch_size, config.encoder_size))
-    volumetric = ", volumetric" if config.volumetric else ""
+    more = (", fine masks" if config.fine_masks else "") + (", volumetric" if config.volumetric else "")
     print(
         f"data      {run.source.name} in {run.source.root}, {config.num_classes} classes, "
         f"{len(splits['train'])} training cases, {len(cases)} of {len(splits['val'])} "
         f"validation cases (overlap {overlap:g}) every {args.val_every} epochs\n"
         f"model     {config.sam}, {config.variant}, {trained:,} trained and {frozen:,} frozen parameters\n"
-        f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries{volumetric}\n"
+        f"sizes     patch {patch}, encoder {encoder}, {config.num_queries} queries{more}\n"
         f"schedule  {args.epochs} x {args.iterations} steps of {args.accumulate} x {args.batch_size} patches "
         f"on {run.world} x {run.device}, amp {args.amp}, {args.optimizer} at {args.lr:g}\n"
         f"output    {run.folder}, where config.json has all settings"

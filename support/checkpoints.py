@@ -84,7 +84,7 @@ def _problems(content: dict, keys: set[str], size: int) -> Iterator[str]:
         sides = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
         if not all(type(side) is int and 1 <= side <= bound for side in sides):
             yield f"{name} {config[name]}, which is not between 1 and {bound},"
-    flags = [config.get(name, False) for name in ("given_boxes", "volumetric")]
+    flags = [config.get(name, False) for name in ("given_boxes", "fine_masks", "volumetric")]
     if not isinstance(task, dict) or not all(type(flag) is bool for flag in flags):
         yield "no task, or a setting that is neither True nor False,"
     spacing = depth, *_ = content["plan"]["spacing"]

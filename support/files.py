@@ -2,12 +2,10 @@
 
 import argparse
 import contextlib
-import functools
 import math
 import os
 import platform
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +22,6 @@ def write_whole(path: Path, write: Callable, sync: bool = True) -> None:
         sync: wait for the disk. Files that a checksum protects need not wait.
     Raises: OSError if the file could not be written. What was there before is still there.
     """
-    remove_left_over(path.parent.resolve())
     temporary = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -43,15 +40,6 @@ def write_whole(path: Path, write: Callable, sync: bool = True) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write_whole` for a string."""
     write_whole(path, lambda file: file.write(text.encode()))
-
-
-@functools.cache  # once per process and folder
-def remove_left_over(folder: Path) -> None:
-    """Remove temporary files that are older than an hour: a process was killed while it wrote them."""
-    for file in folder.glob("*.partial"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if file.is_file() and time.time() - file.stat().st_mtime > 3600:
-                file.unlink()
 
 
 def reason(error: BaseException) -> str:

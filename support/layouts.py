@@ -307,8 +307,6 @@ def _find_folder(root: Path, fold: int, group, modality, flip) -> DataSource:
         notes.append(f"{left} cases are not used: they are in no part of fold {fold} of {file.name}.")
     if tests:
         splits["testing" if tests[0].label is None else "test"] = tuple(tests)
-    if mr := sum(bool(AMOS_MR.fullmatch(case.name)) for case in cases + tests):
-        notes.append(f"{mr} of {len(cases + tests)} cases have ids above 500, which are MR in AMOS.")
     if unread := sorted(content.keys() - set(KNOWN_KEYS)):
         notes.append(f"dataset.json: not read: {', '.join(unread)}.")
     listed = content.get("training") or content.get("numTraining", len(cases))

@@ -49,7 +49,7 @@ class Preset:
         num_queries, sam: N, the number of masks per slice; backbone, a key of `support.sam.BACKBONES`.
         epochs, iterations, batch_size: number of epochs, of steps in each, of patches in a batch.
         optimizer, augment: key of `train.OPTIMIZERS`; factor of the probabilities of augmentations.
-        volumetric: see `model.MaskSAMConfig`.
+        fine_masks, volumetric: see `model.MaskSAMConfig`.
         lr, weight_decay, adam_eps, clip: settings of the optimizer, and the largest norm of the gradient.
         mask_weight: weight of the two losses on the final masks.
         home, tree: the place to get the files, and the folders that we expect.
@@ -65,6 +65,7 @@ class Preset:
     batch_size: int = 2
     optimizer: str = "adamw"
     augment: float = 1.0
+    fine_masks: bool = False
     volumetric: bool = False
     lr: float = 1e-3
     weight_decay: float = 3e-5
@@ -127,8 +128,9 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     batch = (32 if size == 0 else 4) if device.startswith("cuda") else 1
     how = {"optimizer": "muon" if sam.startswith("tiny") and batch == 1 else "adamw", "lr": 1e-3}
     if pyramid and batch == 1:  # on a CPU
-        epochs, batch, how = 12, 2, {"optimizer": "muon", "lr": 2e-3, "augment": 0.5}
-    how |= {"volumetric": True, "num_queries": len(preset.task.labels) + 1} if pyramid else {}
+        epochs, batch, how = 10, 2, {"optimizer": "muon", "lr": 2e-3, "augment": 0.5}
+    if pyramid:
+        how |= {"fine_masks": True, "volumetric": True, "num_queries": len(preset.task.labels) + 1}
     how |= sizes | {"epochs": epochs, "iterations": 250, "batch_size": batch}
     return dataclasses.replace(preset, sam=sam, **how)
 

@@ -1,19 +1,10 @@
 """Whole files, messages, and calls that other systems do not have."""
 
 import os
-import time
 
 import pytest
 
 from support import files
-
-
-def test_old_temporary_files_are_removed_and_new_ones_stay(tmp_path):
-    for name in ("old.npy.host.7.partial", "new.npy.host.7.partial", "old.npy"):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (0, time.time() - 4000 * name.startswith("old")))
-    files.write_text(tmp_path / "x.txt", "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"new.npy.host.7.partial", "old.npy", "x.txt"}
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

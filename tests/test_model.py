@@ -24,6 +24,7 @@ from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters, semantic_m
 from networks import task, tiny, wake, wake_sam
 from support import attention
 from support.presets import PRESETS
+from support.processes import needs_checkpointing
 from support.sam import BACKBONES, modeling, store_frozen
 from support.tiny_vit import TransformerBlock
 
@@ -419,7 +420,7 @@ def test_frozen_weights_in_autocasts_type_give_the_same_bits_with_fewer_casts(sa
 def test_checkpointing_follows_the_memory_of_the_device(name, expected):
     config = MaskSAMConfig(patch_size=PRESETS[name].patch_size, encoder_size=PRESETS[name].encoder_size)
     net = SimpleNamespace(config=config, encoder=SimpleNamespace(block_dims=[768] * 12))
-    assert [MaskSAM.needs_checkpointing(net, 2, "bf16", gib * 2**30) for gib in (24, 40, 79)] == expected
+    assert [needs_checkpointing(net, 2, "bf16", gib * 2**30) for gib in (24, 40, 79)] == expected
 
 
 @pytest.mark.parametrize("sam", ["tiny", "lite_medsam"])

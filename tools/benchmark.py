@@ -30,7 +30,7 @@ from matcher import SetCriterion
 from model import VARIANTS, MaskSAM, MaskSAMConfig, count_parameters
 from support import files
 from support.presets import PRESETS, SCALES, Preset, recipe
-from support.processes import peak_memory
+from support.processes import needs_checkpointing, peak_memory
 from support.sam import BACKBONES, store_frozen
 from train import OPTIMIZERS
 
@@ -68,7 +68,7 @@ def choose(args: argparse.Namespace, data: str, sam: str) -> tuple[Preset, MaskS
     """Return the preset of a data set and a backbone, with the sizes of the command line, and its network."""
     given = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     preset = dataclasses.replace(recipe(PRESETS[data], sam, args.device), **given)
-    sizes = {name: getattr(preset, name) for name in (*SIZES[:3], "volumetric")}
+    sizes = {name: getattr(preset, name) for name in (*SIZES[:3], "fine_masks", "volumetric")}
     return preset, MaskSAMConfig(sam, num_classes=len(preset.task.labels), **sizes)
 
 
@@ -84,7 +84,7 @@ class Bench:
         torch.set_float32_matmul_precision("high" if args.amp == "off" else "highest")
         store_frozen(self.model.sam, files.AMP_TYPES[args.amp])
         how = preset.batch_size, args.amp, files.total_memory(self.device)
-        self.model.gradient_checkpointing = self.model.needs_checkpointing(*how)
+        self.model.gradient_checkpointing = needs_checkpointing(self.model, *how)
         trained = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
         self.optimizer = OPTIMIZERS[preset.optimizer](trained, lr=0.0, fused=True)  # no weight changes
         batch, (depth, *plane) = preset.batch_size, config.patch_size
