@@ -248,7 +248,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
     add("--input", metavar="DIR|FILE", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
-    add("--dry-run", action="store_true", help="list images and the files to write, opening none")
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
     add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
     add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
@@ -260,11 +259,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how = "how other papers score absent classes (default: %(default)s)"
     add("--metric-convention", choices=metrics.ABSENT, default="masksam", dest="convention", help=how)
     args = parser.parse_args(argv)
-    given, predicts = args.prompts != "auto", args.input or args.submission or args.dry_run
+    given, predicts = args.prompts != "auto", args.input or args.submission
     problems = {
         "expected either --ckpt FILE or --predictions DIR": (args.ckpt is None) == (args.predictions is None),
         "--predictions needs --data, the data set that they belong to": args.predictions and not args.data,
-        "--input, --submission and --dry-run belong to --ckpt": args.predictions and predicts,
+        "--input and --submission belong to --ckpt": args.predictions and predicts,
         "--largest-component belongs to --ckpt": args.predictions and args.largest is not None,
         "--predictions and --submission take no --prompts": given and (args.predictions or args.submission),
         "--input needs --output, the folder for the predictions": args.input and not args.output,
@@ -378,10 +377,6 @@ def predict(args: argparse.Namespace) -> dict | None:
     output = Path(args.output) if args.output else default_folder(args, contents, source)
     names = [case.aliases[0] if args.submission and case.aliases else case.name for case in cases]
     paths = [output / f"{name}.nii.gz" for name in names]
-    if args.dry_run:
-        for case, path in zip(cases, paths):
-            print(f"{' '.join(case.images)} -> {path}")
-        return None
     from support import pictures  # takes seconds to import
 
     predict_files(cases, paths, task, description, predict_one, args.workers, predictor.plans[0])

@@ -9,8 +9,9 @@
                      conv to N auxiliary masks    all levels pooled to (2, 2) -> MLP -> N boxes
                                                   all levels pooled to (1, 1) -> MLP -> N class tokens
 
-SAM's prompt encoder gets one box and one mask per query, in one of the four forms of fig. 5. `GivenBoxes` are
-the boxes of a label map; they replace generated ones ("MaskSAM (Ours) bbox" in table 2). Usage:
+With fine masks the slices themselves are the lowest tap, and their level also makes "detail" for the mask
+decoder. SAM's prompt encoder gets one box and one mask per query, in one of the four forms of fig. 5.
+`GivenBoxes` are the boxes of a label map; they replace generated ones ("MaskSAM (Ours) bbox" in table 2):
 
     boxes, masks = generator.prompts(generator(neck, taps), mask_size=(4 * h, 4 * w))
 """

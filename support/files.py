@@ -42,6 +42,11 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def refusal(where: str | Path, found: str, expected: str) -> ValueError:
+    """Return the error for a file or an option that cannot be used, in the form of all our messages."""
+    return ValueError(f"{where}: found {found}, expected {expected}")
+
+
 def reason(error: BaseException) -> str:
     """Return the first line of an error, with the file in front where Python puts it at the end."""
     if getattr(error, "filename", None) and error.strerror:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.files import refusal
 from support.phantom import write_phantom
 from support.presets import MODALITIES, PRESETS, Task
 
@@ -95,7 +96,7 @@ def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=N
         return dataclasses.replace(source, splits=splits, notes=(*source.notes, note))
     if data not in PRESETS:
         if root and Path(root).resolve() != Path(data).resolve():
-            raise _refusal(f"--root {root}", f"beside the folder {data}", "beside a preset")
+            raise refusal(f"--root {root}", f"beside the folder {data}", "beside a preset")
         return _find_folder(Path(data), fold or 0, group, modality, flip)
     preset, path, notes = PRESETS[data], Path(root or Path("data") / data), []
     if data == "phantom" and not path.exists():
@@ -110,14 +111,10 @@ def find_data(data: str, root=None, fold=None, group=None, modality=None, flip=N
         splits = split_cases(sorted(pool, key=lambda case: case.name), fold or 0, group) | splits
         notes = _patient_notes(splits, group)
     elif group:
-        raise _refusal(f"--group {group}", f"the published split of {data}", "--fold beside it")
+        raise refusal(f"--group {group}", f"the published split of {data}", "--fold beside it")
     if cases.get("mr"):
         notes.append(f"{len(cases['mr'])} cases with ids above 500, which are MR, are left out.")
     return DataSource(data, str(path), _choose(preset.task, modality, flip), splits, tuple(notes))
-
-
-def _refusal(where: str | Path, found: str, expected: str) -> ValueError:
-    return ValueError(f"{where}: found {found}, expected {expected}")
 
 
 def _choose(task: Task, modality: Sequence[str] | None, flip: Sequence[str] | None) -> Task:
@@ -128,7 +125,7 @@ def _choose(task: Task, modality: Sequence[str] | None, flip: Sequence[str] | No
         chosen, count = tuple(MODALITY_NAMES.get(name.lower()) for name in modality), len(task.channels)
         if None in chosen or len(chosen) not in (1, count):
             expected = f"one for all channels, or one for each of {count}, of {', '.join(MODALITIES)}"
-            raise _refusal("--modality", " ".join(modality), expected)
+            raise refusal("--modality", " ".join(modality), expected)
         task = dataclasses.replace(task, modality=chosen * (count // len(chosen)))
     return task
 
@@ -145,7 +142,7 @@ def _patients_of(cases: Sequence[Case], group: str | None) -> dict[Case, str]:
         matches = [None]
     for name, match in zip(names, matches):
         if not match or match.re.groups != 1 or not match[1]:
-            raise _refusal(f"--group {group}", f"no patient in {name}", "a pattern such as (.+)_frame")
+            raise refusal(f"--group {group}", f"no patient in {name}", "a pattern such as (.+)_frame")
     return {case: match[1] for case, match in zip(cases, matches)}
 
 
@@ -169,9 +166,9 @@ def split_cases(cases: Sequence[Case], fold: int, group: str | None = None) -> d
     patients = list(dict.fromkeys(patient.values()))
     parts = np.array_split(np.random.default_rng(SPLIT_SEED).permutation(len(patients)), NUM_FOLDS)
     if len(patients) == 1 < len(cases):
-        raise _refusal(f"--group {group}", f"one patient, {patients[0]}", "two")
+        raise refusal(f"--group {group}", f"one patient, {patients[0]}", "two")
     if not 0 <= fold < NUM_FOLDS or (fold and not len(parts[fold])):
-        raise _refusal("--fold", str(fold), f"0 to {min(NUM_FOLDS, len(patients)) - 1}")
+        raise refusal("--fold", str(fold), f"0 to {min(NUM_FOLDS, len(patients)) - 1}")
     held_out = {patients[i] for i in parts[fold]}
     val = tuple(case for case in cases if patient[case] in held_out)
     return {"train": tuple(case for case in cases if patient[case] not in held_out), "val": val}
@@ -183,7 +180,7 @@ def _files(path: Path) -> dict[str, str]:
     for file in [path] if path.is_file() else sorted(path.glob("[!.]*")):
         if (match := re.fullmatch(r"(.+)\.nii(\.gz)?", file.name)) and file.is_file():
             if (other := files.setdefault(match[1], str(file))) != str(file):
-                raise _refusal(file, f"{other} too", "one file of this name")
+                raise refusal(file, f"{other} too", "one file of this name")
     return files
 
 
@@ -206,7 +203,7 @@ def _find_cases(images: Path, labels: Path | None, num_channels: int, whole: boo
         stems = {channel: name if channel is None else f"{name}_{channel:04d}" for channel in channels}
         if files.keys() - stems.keys():
             expected = f"{' '.join(stems.values())}; if numbers count cases, rename them, as {name}-0001"
-            raise _refusal(images, f"{' '.join(files.values())} of {name}", expected)
+            raise refusal(images, f"{' '.join(files.values())} of {name}", expected)
         own = tuple(files.get(channel, str(folder / f"{stem}.nii.gz")) for channel, stem in stems.items())
         yield Case(name, own, None if hidden else truths.get(name, str(labels / f"{name}.nii.gz")))
 
@@ -239,7 +236,7 @@ def _find_cardiac(root: Path, val=ACDC_VAL, test=ACDC_TEST, preset="acdc") -> di
             problems.append(f"{file}: found {text[:60]!r}, expected the lines 'ED: frame' and 'ES: frame'")
             continue
         if (other := "phantom" if "Group: SYN" in text else "acdc") != preset:
-            raise _refusal(file, f"a patient of {other}", f"{preset}; use --data {other}")
+            raise refusal(file, f"a patient of {other}", f"{preset}; use --data {other}")
         files = _files(patient)
         split = "testing" if testing else "test" if number in test else "val" if number in val else "train"
         for phase in ("ED", "ES"):  # end-diastole, end-systole
@@ -296,9 +293,9 @@ def _find_folder(root: Path, fold: int, group, modality, flip) -> DataSource:
     parts = ((root / f"images{part}", root / f"labels{part}") for part in ("Tr", "Ts"))
     cases, tests = (list(_find_cases(*part, len(task.channels), whole)) for part in parts)
     if len(cases) < 2:
-        raise _refusal(root, f"{len(cases)} cases", "two, as .nii.gz or .nii files in imagesTr and labelsTr")
+        raise refusal(root, f"{len(cases)} cases", "two, as .nii.gz or .nii files in imagesTr and labelsTr")
     if twice := {case.name for case in cases} & {case.name for case in tests}:
-        raise _refusal(root, f"{min(twice)} in imagesTr and imagesTs", "it in one of them")
+        raise refusal(root, f"{min(twice)} in imagesTr and imagesTs", "it in one of them")
     file = root / "splits_final.json"
     splits = _read_splits(file, cases, fold) if file.is_file() else split_cases(cases, fold, group)
     kinds = ", ".join(f"{name} as {kind}" for name, kind in zip(task.channels, task.modality))
@@ -320,13 +317,13 @@ def _read_json(file: Path, expected: str):
 
     def unique(pairs: list) -> dict:
         if len(dict(pairs)) < len(pairs):
-            raise _refusal(file, f"a key twice among {', '.join(key for key, _ in pairs)}", expected)
+            raise refusal(file, f"a key twice among {', '.join(key for key, _ in pairs)}", expected)
         return dict(pairs)
 
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _refusal(file, f"no JSON in UTF-8, line {getattr(error, 'lineno', 1)}", expected) from error
+        raise refusal(file, f"no JSON in UTF-8, line {getattr(error, 'lineno', 1)}", expected) from error
 
 
 def _read_dataset_json(root: Path) -> tuple[Task, dict]:
@@ -344,7 +341,7 @@ def _read_dataset_json(root: Path) -> tuple[Task, dict]:
     table = content.pop("channel_names", None) or content.pop("modality", None)
     channels = [table.get(str(i)) for i in range(len(table))] if isinstance(table, dict) else []
     if not channels or not all(isinstance(name, str) for name in channels):
-        raise _refusal(file, f"the channels {json.dumps(table)[:60]}", expected)
+        raise refusal(file, f"the channels {json.dumps(table)[:60]}", expected)
     modality = [MODALITY_NAMES.get(x.strip().lower(), "CT" if CT_WORDS.search(x) else "MR") for x in channels]
     return Task(labels, tuple(channels), tuple(modality), None), content
 
@@ -359,10 +356,10 @@ def _class_names(file: Path, labels) -> tuple[str, ...]:
         number, word = int(value) if str(value).isdecimal() else -1, str(name).strip().lower()
         bad_id = not 0 <= number <= 255 or number in names or (number and word == "background")
         if bad_id or not isinstance(name, str) or name in names.values() or word in ("", "ignore"):
-            raise _refusal(file, f"the label {json.dumps(name)} with the id {json.dumps(value)}", expected)
+            raise refusal(file, f"the label {json.dumps(name)} with the id {json.dumps(value)}", expected)
         names[number] = name
     if missing := [str(i) for i in range(max(2, len(names))) if i not in names]:
-        raise _refusal(file, f"no label with the id {', '.join(missing)}", expected)
+        raise refusal(file, f"no label with the id {', '.join(missing)}", expected)
     return tuple(names[i] for i in range(len(names)))
 
 
@@ -373,10 +370,10 @@ def _read_splits(file: Path, cases: list[Case], fold: int) -> dict[str, tuple[Ca
     parts = folds[fold] if isinstance(folds, list) and 0 <= fold < len(folds) else None
     lists = [*parts.values()] if isinstance(parts, dict) and parts.keys() == {"train", "val"} else [None]
     if not all(isinstance(names, list) and names for names in lists):
-        raise _refusal(file, f"{json.dumps(parts)[:60]} as fold {fold}", expected)
+        raise refusal(file, f"{json.dumps(parts)[:60]} as fold {fold}", expected)
     for name in (names := sum(lists, [])):
         if names.count(name) > 1 or name not in list(by_name):  # a name may be anything, even a list
-            raise _refusal(file, f"{json.dumps(name)} in fold {fold}", f"cases once, such as {cases[0].name}")
+            raise refusal(file, f"{json.dumps(name)} in fold {fold}", f"cases once, such as {cases[0].name}")
     return {split: tuple(by_name[name] for name in parts[split]) for split in ("train", "val")}
 
 
@@ -402,7 +399,7 @@ def with_box_source(cases: Sequence[Case], where: str) -> tuple[Case, ...]:
         return tuple(cases)
     files = [case.label for case in cases] if where == "gt" else find_predictions(cases, where, True)
     if None in files:
-        raise _refusal("--prompts gt", f"no label of {cases[files.index(None)].name}", "one of each case")
+        raise refusal("--prompts gt", f"no label of {cases[files.index(None)].name}", "one of each case")
     return tuple(dataclasses.replace(case, box_source=str(file)) for case, file in zip(cases, files))
 
 

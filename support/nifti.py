@@ -23,7 +23,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.volumeutils import apply_read_scaling
 
-from support.files import write_whole
+from support.files import refusal, write_whole
 from support.layouts import Case
 
 ANISOTROPIC = 1.5  # Ours: D is the axis whose spacing is more than this times the next largest
@@ -97,10 +97,6 @@ class Geometry:
         return self.array_affine()[:3, :3] / self.spacing[::-1]
 
 
-def _problem(path: str | Path, found: str, expected: str) -> ValueError:
-    return ValueError(f"{path}: found {found}, expected {expected}")
-
-
 @contextlib.contextmanager
 def _opened(path: str, like: Geometry | None = None) -> Iterator[tuple]:
     """Open a file, and give its unzipped content, header, shape, offset of the voxels, and geometry."""
@@ -118,7 +114,7 @@ def _opened(path: str, like: Geometry | None = None) -> Iterator[tuple]:
         reasons = {EOFError: "a truncated file", MemoryError: "too little memory"}
         found = getattr(error, "strerror", None) or reasons.get(type(error), "a damaged file")
         again = "" if isinstance(error, FileNotFoundError) else "; copy it again"
-        raise _problem(path, found.lower(), f"a whole NIfTI file{again}") from error
+        raise refusal(path, found.lower(), f"a whole NIfTI file{again}") from error
 
 
 def _parse_header(path: str, stream: BinaryIO, limit: int) -> tuple:
@@ -134,14 +130,14 @@ def _parse_header(path: str, stream: BinaryIO, limit: int) -> tuple:
         if own["magic"].item() != kind.single_magic:
             raise ValueError("the voxels are in another file")
     except Exception as error:  # nibabel raises many kinds of error for a header that is damaged
-        raise _problem(path, "no readable NIfTI header", ".nii or .nii.gz with voxels") from error
+        raise refusal(path, "no readable NIfTI header", ".nii or .nii.gz with voxels") from error
     channels = full[3:] if any(n != 1 for n in full[3:]) else ()
     if len(full) < 3 or len(channels) > 1 or min(full) < 1:
-        raise _problem(path, f"shape {full}", "three dimensions, or four with the channels last")
+        raise refusal(path, f"shape {full}", "three dimensions, or four with the channels last")
     if header.get_data_dtype().kind not in "biuf":
-        raise _problem(path, f"voxels of type {header.get_value_label('datatype')}", "real numbers")
+        raise refusal(path, f"voxels of type {header.get_value_label('datatype')}", "real numbers")
     if (claimed := offset + header.get_data_dtype().itemsize * math.prod(full)) > limit:
-        raise _problem(path, f"a truncated file, its header claims {claimed} bytes", f"at most {limit}")
+        raise refusal(path, f"a truncated file, its header claims {claimed} bytes", f"at most {limit}")
     return own, header, full[:3] + channels, offset
 
 
@@ -162,10 +158,10 @@ def _read_affine(path: str, header: nib.Nifti1Header) -> tuple[np.ndarray, list[
             if np.isfinite(form).all() and abs(np.linalg.det(form[:3, :3])) >= 1e-3 * spacing.prod() > 0:
                 forms.append(form)
     if not forms:
-        raise _problem(path, "an affine without three axes", "a sform or a qform with three")
+        raise refusal(path, "an affine without three axes", "a sform or a qform with three")
     affine, spacing = forms[0], np.linalg.norm(forms[0][:3, :3], axis=0)
     if spacing.min() < SPACING_RANGE[0] or spacing.max() > SPACING_RANGE[1]:
-        raise _problem(path, f"a spacing of {spacing.tolist()} mm", "0.01 to 100 mm; correct its header")
+        raise refusal(path, f"a spacing of {spacing.tolist()} mm", "0.01 to 100 mm; correct its header")
     shift = _largest_shift(forms[0], forms[-1], header.get_data_shape()[:3])
     skew = np.abs(affine[:3, :3].T @ affine[:3, :3] / np.outer(spacing, spacing) - np.eye(3)).max()
     differ, unset = shift > 0.1 * spacing.min(), np.array_equal(affine, np.eye(4))
@@ -195,10 +191,10 @@ def read_volume(path: str, like: Geometry | None = None) -> tuple[np.ndarray, Ge
         size = header.get_data_dtype().itemsize * math.prod(shape)
         stream.seek(offset)
         if len(content := stream.read(size)) < size:
-            raise _problem(path, f"a truncated file, {len(content)} bytes of voxels", f"{size} for {shape}")
+            raise refusal(path, f"a truncated file, {len(content)} bytes of voxels", f"{size} for {shape}")
         while rest := stream.read(2**20):  # to the end, where gzip's checksum is
             if rest.strip(b"\0"):
-                raise _problem(path, "bytes behind the last voxel", f"{size} bytes for {shape}")
+                raise refusal(path, "bytes behind the last voxel", f"{size} bytes for {shape}")
     array = np.frombuffer(content, header.get_data_dtype()).reshape(shape, order="F")
     return geometry.from_file(apply_read_scaling(array, *header.get_slope_inter())), geometry
 
@@ -210,7 +206,7 @@ def read_image(path: str, like: Geometry | None = None) -> tuple[np.ndarray, Geo
         image = (array if array.ndim == 4 else array[None]).astype(np.float32)
     low, high = image.min(axis=(1, 2, 3)), image.max(axis=(1, 2, 3))
     if not np.isfinite([low, high]).all():
-        raise _problem(path, f"{np.sum(~np.isfinite(image))} voxels of NaN or infinity", "finite numbers")
+        raise refusal(path, f"{np.sum(~np.isfinite(image))} voxels of NaN or infinity", "finite numbers")
     if (low == high).any():
         geometry.remarks.append("all voxels of the image, or of one of its channels, have the same value.")
     elif low.min() >= 0 and high.max() < 10 and (image == np.rint(image)).all():
@@ -222,7 +218,7 @@ def read_label(path: str, num_classes: int, like: Geometry | None = None) -> tup
     """`read_volume` for a label map: uint8 (D, H, W) below `num_classes`, nearly whole numbers rounded."""
     array, geometry = read_volume(path, like)
     if array.ndim == 4:
-        raise _problem(path, f"{len(array)} channels", "one label map")
+        raise refusal(path, f"{len(array)} channels", "one label map")
     with np.errstate(invalid="ignore"):  # NaN and numbers beyond a byte change here and are found below
         label = (np.rint(array) if array.dtype.kind == "f" else array).astype(np.uint8)
     wrong = label >= num_classes
@@ -230,7 +226,7 @@ def read_label(path: str, num_classes: int, like: Geometry | None = None) -> tup
         wrong |= ~(np.abs(label - array.astype(float)) <= ROUNDED)
     if wrong.any():
         ids = np.unique(array[wrong]).astype(float).tolist()
-        raise _problem(path, f"the labels {ids[:5]}", f"whole numbers from 0 to {num_classes - 1}")
+        raise refusal(path, f"the labels {ids[:5]}", f"whole numbers from 0 to {num_classes - 1}")
     if changed:
         geometry.remarks.append("its labels are not whole numbers. They are rounded.")
     return label, geometry
@@ -239,11 +235,11 @@ def read_label(path: str, num_classes: int, like: Geometry | None = None) -> tup
 def check_same_place(path: str, geometry: Geometry, reference_path: str, reference: Geometry) -> None:
     """Raise a ValueError unless two volumes lie in the same place. Ours: 0.1 voxels are left to rounding."""
     if geometry.shape != reference.shape:
-        raise _problem(path, f"(D, H, W) = {geometry.shape}", f"{reference.shape} as {reference_path}")
+        raise refusal(path, f"(D, H, W) = {geometry.shape}", f"{reference.shape} as {reference_path}")
     affines = [each.array_affine() for each in (geometry, reference)]
     if _largest_shift(*affines, reference.shape[::-1]) > 0.1 * min(reference.spacing):
         found, expected = (np.round(affine, 4).tolist() for affine in affines)
-        raise _problem(path, f"the affine {found} of (W, H, D)", f"{expected} as {reference_path}")
+        raise refusal(path, f"the affine {found} of (W, H, D)", f"{expected} as {reference_path}")
 
 
 # What `check_case` found: two lists of sentences that begin with a file's name, and what `measure` returned.
@@ -282,7 +278,7 @@ def write_label_map(path: str | Path, label: np.ndarray, geometry: Geometry, des
     extensions are left out: they may tell who the patient is. The description has up to 79 characters.
     """
     if label.shape != geometry.shape:
-        raise _problem(path, f"a label map of {label.shape}", f"{geometry.shape} as in its geometry")
+        raise refusal(path, f"a label map of {label.shape}", f"{geometry.shape} as in its geometry")
     back = nib.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), geometry.turn)
     array = nib.orientations.apply_orientation(label.transpose(), back).astype(np.uint8)  # as in the file
     header = geometry.header.copy()

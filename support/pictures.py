@@ -313,14 +313,12 @@ def _finish(figure: plt.Figure, path: str | Path, entries: Sequence[tuple] = ())
 
 
 def write_label_names(folder: Path, labels: Sequence[str]) -> None:
-    """Write classes and their colours for ITK-SNAP (labels.txt), 3D Slicer (.ctbl) and others (.json)."""
-    snap, slicer, plain = [], [], {}
+    """Write classes and their colours for ITK-SNAP (labels.txt) and 3D Slicer (labels.ctbl)."""
+    snap, slicer = [], []
     for class_id, (name, colour) in enumerate(zip(labels, _colours(labels))):
         red, green, blue = (round(255 * part) for part in matplotlib.colors.to_rgb(colour))
         shown = int(class_id > 0)  # opacity, visibility, and visibility of the mesh
         snap.append(f'{class_id} {red} {green} {blue} {shown} {shown} {shown} "{name}"')
         slicer.append(f"{class_id} {name.replace(' ', '_')} {red} {green} {blue} {255 * shown}")
-        plain[name] = {"id": class_id, "colour": [red, green, blue]}
     write_text(folder / "labels.txt", "\n".join([*snap, ""]))
     write_text(folder / "labels.ctbl", "\n".join(["# Color table file", *slicer, ""]))
-    write_text(folder / "labels.json", json.dumps(plain, indent=1))

@@ -168,7 +168,7 @@ def test_a_checkpoint_alone_is_scored_and_images_are_predicted_as_stored_without
     for module in (nifti, data):
         monkeypatch.delattr(module, "read_label")  # Whoever opens a label now fails.
     assert run("--ckpt", trained[1], "--input in --output out/deep", QUICK) is None
-    beside = ["labels.ctbl", "labels.json", "labels.txt"]  # names and colours for viewers
+    beside = ["labels.ctbl", "labels.txt"]  # names and colours for viewers
     assert sorted(os.listdir("out/deep")) == beside + sorted(os.listdir("in"))
     for name in os.listdir("in"):
         image, written = nib.load(f"in/{name}"), nib.load(f"out/deep/{name}")
@@ -197,11 +197,8 @@ def test_the_six_lines_of_the_readme_predict_a_file_as_evaluate_does_and_an_arra
     refuses("found an array of .18, 30, 20. and the spacing None", predictor, volume[0])
     refuses("image: found 2 channels, expected 1", predictor, volume.repeat(2, 0), spacing=(1, 1, 1))
     ckpt = f"{ROOT}/checkpoints/hippocampus-tiny.pt"
-    assert run("--ckpt", ckpt, "--input IMAGE.nii.gz --output out --dry-run") is None
-    assert not Path("out").exists()
     run("--ckpt", ckpt, "--input IMAGE.nii.gz --output out")
     assert np.array_equal(nifti.read_label("out/IMAGE.nii.gz", 3)[0], prediction.label)
-    assert json.loads(Path("out/labels.json").read_text())["posterior"]["id"] == 2
 
 
 def test_a_stopped_prediction_goes_on_and_another_question_is_answered_anew(trained, monkeypatch):
@@ -284,8 +281,7 @@ def test_another_programs_files_are_scored_with_the_same_rules(trained):
     ("--ckpt CKPT --input in --output out", "(?s)1 problem:.*in/a.nii.gz: found 1 voxels of NaN"),
     ("--ckpt a --predictions b", "expected either --ckpt FILE or --predictions DIR"),
     ("--predictions b", "--predictions needs --data"),
-    ("--predictions b --data acdc --input c", "--input, --submission and --dry-run belong to --ckpt"),
-    ("--predictions b --data acdc --dry-run", "--input, --submission and --dry-run belong to --ckpt"),
+    ("--predictions b --data acdc --input c", "--input and --submission belong to --ckpt"),
     ("--predictions b --data acdc --largest-component", "--largest-component belongs to --ckpt"),
     ("--ckpt a --input c --output c/../c", "--input: found the folder of --output"),
     ("--ckpt a --prompts c --output c", "--prompts: found the folder of --output"),

@@ -193,7 +193,6 @@ def test_a_folder_may_mix_files_and_channels_and_hide_the_labels_of_its_test_ima
     files = [Path(file).name.replace(".nii.gz", "") for case in cases for file in (*case.images, case.label)]
     assert " ".join(files) == "a a.nii amos_0500 amos_0500 amos_0600.nii amos_0600 b_0000 b_0001 b c c d d"
     assert [*names(root)] == ["train", "val", "test"] and names(root)["test"] == ["amos_0600", "d"]
-    assert len(find_data(root).notes) == 1
     touch(tmp_path, "imagesTs/a.nii.gz")
     refuses("found a in imagesTr and imagesTs", find_data, root)
     touch(tmp_path, "imagesTr/b_0002.nii.gz")

@@ -222,6 +222,17 @@ def test_queries_and_volumes_never_mix_in_the_decoder(variant, place):
                 assert torch.equal(changed(logits, old, 2).view(2, 4, 3), reach), source
 
 
+def test_silent_detail_leaves_sams_masks_and_each_pixel_of_it_reaches_its_own_place_in_every_query():
+    net = tiny(patch_size=(4, 32, 40)).double()
+    inputs, detail = decoder_inputs(net), torch.randn(8, 8, 32, 40, dtype=torch.float64)
+    with torch.no_grad():
+        (_, masks), (_, silent) = (net.decode(**inputs, detail=each) for each in (detail, 0 * detail))
+        close(silent, F.interpolate(net.decode(**inputs)[1], (32, 40), mode="bilinear"))
+        detail[5, :, 3, 7] += torch.randn(8, dtype=torch.float64)
+        found = (net.decode(**inputs, detail=detail)[1] - masks).abs() > 1e-9
+    assert found.nonzero().tolist() == [[5, n, 3, 7] for n in range(3)]
+
+
 @pytest.mark.parametrize("sam, part", [("tiny", "encoder"), ("lite_medsam", "encoder"), ("tiny", "decoder")])
 def test_depth_embedding_belongs_to_the_slice_of_its_index_in_every_volume(sam, part):
     net = awake(sam=sam, patch_size=(4, 32, 32))
@@ -247,7 +258,7 @@ def test_class_token_is_the_global_token_of_its_query_plus_the_auxiliary_one():
 
 ODD = [{"encoder_size": (16, 48), "patch_size": (3, 37, 53)}, {"patch_size": (1, 7, 5)}]
 ODD += [{"num_channels": 4, "num_classes": 14, "num_queries": 24}, {"sam": "lite_medsam"}]
-ODD += [{"sam": "lite_medsam", "volumetric": True}]
+ODD += [{"sam": "lite_medsam", "volumetric": True}, {"sam": "tiny_pyramid", "fine_masks": True}]
 
 
 @pytest.mark.parametrize("changes", ODD, ids=str)
@@ -258,8 +269,8 @@ def test_any_size_channels_and_classes_volumes_never_mix_and_predict_is_the_sema
     config, (depth, *patch), (h, w) = net.config, net.config.patch_size, net.config.grid
     volume, segments = task(net, batch=2)
     outputs, found = net(volume), net.predict(volume)
-    sizes = {"class_logits": [config.num_classes + 1], "mask_logits": [4 * h, 4 * w]}
-    sizes |= {"aux_mask_logits": patch, "aux_boxes": [4]}
+    sizes = {"class_logits": [config.num_classes + 1], "aux_mask_logits": patch, "aux_boxes": [4]}
+    sizes["mask_logits"] = patch if config.fine_masks else [4 * h, 4 * w]
     assert SetCriterion()(outputs, segments)[0].isfinite() and outputs.keys() == sizes.keys()
     masks = F.interpolate(outputs["mask_logits"], size=patch, mode="bilinear")
     maps = semantic_map(outputs["class_logits"], masks)
@@ -303,7 +314,7 @@ def boxes_task(net: MaskSAM) -> tuple[Tensor, Segments]:
 
 @pytest.mark.parametrize("variant", ["b1", "b2", "b9"])
 def test_with_given_boxes_every_class_goes_to_its_query_and_all_trains(variant):
-    net, criterion = tiny(variant=variant, given_boxes=True), SetCriterion()
+    net, criterion = tiny(variant=variant, given_boxes=True, fine_masks=variant == "b9"), SetCriterion()
     volume, segments = boxes_task(net)
     outputs = net(volume)
     probability = outputs["class_logits"].softmax(-1)
@@ -324,12 +335,13 @@ def test_with_given_boxes_every_class_goes_to_its_query_and_all_trains(variant):
 # ---- All of it trains, and nothing of a pre-trained SAM
 
 TRAINED = [("small", variant) for variant in ("b1", "b2", "b6", "b9")] + [("lite_medsam", "b9")]
+SMALL = ("fine_masks", "volumetric")  # of the recipe for small patches
 TRAINED += [("tiny", "b1"), ("tiny", "b2"), ("tiny", "b9"), ("tiny_pyramid", "b9")]
 
 
 @pytest.mark.parametrize("sam, variant", TRAINED)
 def test_all_but_a_frozen_sam_gets_gradients_and_learns(sam, variant, small):
-    net = awake(sam=sam, variant=variant, volumetric=sam == "tiny_pyramid").float().train()
+    net = awake(sam=sam, variant=variant, **dict.fromkeys(SMALL, sam == "tiny_pyramid")).float().train()
     frozen = copy.deepcopy(net.sam.state_dict())  # with the statistics of TinyViT's norms
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer, start = torch.optim.AdamW(trainable.values(), lr=1e-3), copy.deepcopy(trainable)

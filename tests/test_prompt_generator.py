@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prompt_generator import GivenBoxes, PromptGenerator, level_sizes, resize
 
@@ -36,6 +36,7 @@ def test_levels_double_last_and_end_at_the_patch():
         (16, 48, (1, 1, 1, 2, 4), [16, 16, 16, 32, 48]),  # taps that are a pyramid
     ):
         assert level_sizes((grid, grid), (patch, patch), 5, scales) == [(side, side) for side in expected]
+    assert level_sizes((7, 5), (52, 36), 6, (1, 1, 1, 2, 4, float("inf")))[4:] == [(28, 20), (52, 36)]
     assert level_sizes((4, 6), (30, 44), 5) == [(4, 6), (4, 6), (8, 12), (16, 24), (30, 44)]
 
 
@@ -60,9 +61,12 @@ def test_predictions_have_the_patch_size_whatever_the_grid(grid, patch):
 
 
 @pytest.mark.parametrize("depth, reached", [(None, [1]), (2, [0, 1])])
-@pytest.mark.parametrize("source", range(5))
+@pytest.mark.parametrize("source", range(6))
 def test_the_neck_and_each_tap_reach_all_predictions_of_their_slice_or_volume_alone(source, depth, reached):
-    module, inputs = generator(depth=depth).double(), [x.double() for x in features()]
+    how = [1, *TAPS], GRID, PATCH, N, "d", "logits", None, depth  # The slices are the lowest tap.
+    module, (neck, *taps) = PromptGenerator(DIM, *how, fine=True).double(), features()
+    nn.init.normal_(module.detail_head.weight)
+    inputs = [x.double() for x in (neck, torch.randn(S, 1, *PATCH), *taps)]
     before = run(module, inputs)
     inputs[source][1] += torch.randn_like(inputs[source][1])
     for key, value in run(module, inputs).items():

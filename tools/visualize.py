@@ -172,7 +172,7 @@ def walk(args: argparse.Namespace) -> None:
     low, high = np.percentile(grey[index], (1, 99))
     view = ((grey[index] - low) / (high - low)).clip(0, 1).movedim(0, -1).numpy()
     views = [(f"stem's picture {tuple(grey.shape)}", view)]
-    for name, feature in zip(("tap 1", "tap 2", "tap 3", "tap 4", "neck"), (*taps[-4:], neck)):
+    for name, feature in zip(("tap 1", "tap 2", "tap 3", "tap 4", "neck"), (*taps[-4:], neck)):  # no slices
         views.append((f"{name} {tuple(feature.shape)}", pictures.colour_map(feature[index].numpy())))
     names = ("aux_mask_logits", "class_logits", "mask_logits")
     shapes = [tuple(outputs[name].shape) if name in outputs else "none" for name in names]
