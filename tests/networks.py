@@ -44,12 +44,15 @@ def wake(module: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 @torch.no_grad()
-def checkpoint(path, source, patch=(4, 32, 32), queries=4, seed=0, plan=None, **arguments) -> None:
+def checkpoint(
+    path, source, patch=(4, 32, 32), queries=4, seed=0, plan=None, fine=False, **arguments
+) -> None:
     """Write an untrained model with queries of different classes whose masks differ from place to place."""
     torch.manual_seed(seed)
     plan = plan or planned(source)
     sizes = {"patch_size": patch, "encoder_size": (32, 32), "num_queries": queries, "num_channels": 1}
-    model, sam = build_model(MaskSAMConfig("tiny", num_classes=len(plan.task.labels), **sizes))
+    sizes |= {"num_classes": len(plan.task.labels), "fine_masks": fine}
+    model, sam = build_model(MaskSAMConfig("tiny", **sizes))
     nn.init.normal_(model.classifier.weight)
     nn.init.normal_(model.class_tokens, std=5)
     model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100

@@ -65,7 +65,7 @@ def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked
     phantom.write_phantom("data/phantom", num_patients=4, seed=3)
     source = layouts.find_data("phantom", None)
     first, second = source.splits["val"]
-    checkpoint("x.pt", source, (4, 64, 64))
+    checkpoint("x.pt", source, (4, 64, 64), fine=True)
     for shift, case in ((3, first), (6, second)):
         label, geometry = nifti.read_label(case.label, 4)
         save(f"net/{case.name}.nii.gz", np.roll(label, shift, 2).T, geometry.affine)
@@ -107,7 +107,7 @@ def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked
     for (title, view), feature in zip(views[1:], (*taps, neck), strict=True):
         assert title.endswith(f" {tuple(feature.shape)}")
         assert np.allclose(view, pictures.colour_map(feature[index].numpy()))
-    assert shapes == [(1, *patch.shape), neck.shape, (4, 4, 64, 64), (4, 4, 5), (4, 4, 8, 8), maps.shape]
+    assert shapes == [(1, *patch.shape), neck.shape, (4, 4, 64, 64), (4, 4, 5), (4, 4, 64, 64), maps.shape]
     assert views[0][1].shape == (32, 32, 3) and len(everything) == 4 and ", slice 3, " in guide
     plt.close("all")
 
