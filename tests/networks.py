@@ -44,9 +44,7 @@ def wake(module: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 @torch.no_grad()
-def checkpoint(
-    path, source, patch=(4, 32, 32), queries=4, seed=0, plan=None, fine=False, **arguments
-) -> None:
+def checkpoint(path, source, patch=(4, 32, 32), queries=4, seed=0, plan=None, fine=False, **more) -> None:
     """Write an untrained model with queries of different classes whose masks differ from place to place."""
     torch.manual_seed(seed)
     plan = plan or planned(source)
@@ -56,7 +54,7 @@ def checkpoint(
     nn.init.normal_(model.classifier.weight)
     nn.init.normal_(model.class_tokens, std=5)
     model.sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight *= 100
-    arguments = {"data": source.name, "root": source.root} | arguments
+    arguments = {"data": source.name, "root": source.root} | more
     content = checkpoint_content(model, sam, plan.as_dict()) | {"epoch": 7, "arguments": arguments}
     content["cases"] = {"train": [case.name for case in source.splits["train"]], "val": []}
     write_checkpoint(path, content)
