@@ -130,10 +130,9 @@ def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
 @pytest.mark.parametrize("change, message", [
     ("--queries 6 --resume", "last.pt: found another configuration .*num_queries 4 -> 6"),
     ("--epochs 2 --resume", "epochs 3 -> 2"),
+    ("--fine-masks --volumetric --resume", "fine_masks False -> True; volumetric False -> True"),
     ("", "runs/phantom-whole: found a run; use --resume, choose another --name"),
     ("--lr -1", "--lr: found -1.0, expected more than 0"),
-    ("--val-every 0", "--val-every: found 0, expected more than 0"),
-    ("--workers -1", "--workers: found -1, expected 0 or more"),
     ("--val-cases -1", "--val-cases: found -1, expected more than 0"),
     ("--augment -1", "--augment: found -1.0, expected 0 or more"),
     ("--name few --queries 3", "num_queries is 3, expected 4 to 1024"),
