@@ -65,9 +65,7 @@ def test_predictions_have_the_patch_size_whatever_the_grid(grid, patch):
 def test_the_neck_and_each_tap_reach_all_predictions_of_their_slice_or_volume_alone(source, depth, reached):
     how = [1, *TAPS], GRID, PATCH, N, "d", "logits", None, depth  # The slices are the lowest tap.
     module, (neck, *taps) = PromptGenerator(DIM, *how, fine=True).double(), features()
-    assert (
-        not (weight := module.detail_head.weight).any() and nn.init.normal_(weight).any()
-    )  # at first silent
+    assert not (silent := module.detail_head.weight).any() and nn.init.normal_(silent).any()
     inputs = [x.double() for x in (neck, torch.randn(S, 1, *PATCH), *taps)]
     before = run(module, inputs)
     inputs[source][1] += torch.randn_like(inputs[source][1])
