@@ -82,7 +82,7 @@ HEART_TREE = "ROOT/[database/]training/patient001/{Info.cfg,patient001_frame01{,
 # fmt: off
 PRESETS = {
     "phantom": Preset(  # Ours: sizes and schedule that take minutes on two cores
-        HEART, (2, 80, 80), (80, 80), 8, "tiny_pyramid", 3, 200, optimizer="muon", lr=2e-3,
+        HEART, (2, 80, 80), (80, 80), 8, "tiny_pyramid", 3, 160, optimizer="muon", fine_masks=True, lr=2e-3,
         home="support/phantom.py, which writes it", tree=HEART_TREE),
     "acdc": Preset(  # Release: all numbers
         HEART, (4, 256, 256), (1024, 1024), 8, epochs=500,
@@ -113,8 +113,8 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
 
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
     cores, with Muon, since its weights are random. On a GPU ("cuda", "cuda:1") a batch has 4 patches, or 32
-    small ones: 10 to 25 minutes of an H100, with AdamW. For small patches `tiny_pyramid` is volumetric and
-    has a query per class and one more; on a CPU it takes an hour of one core (docs/experiments.md).
+    small ones: 10 to 25 minutes of an H100, with AdamW. `tiny_pyramid` has fine masks. For small patches it
+    is volumetric, with a query per class and one more; on a CPU it takes an hour of a core at most.
     """
     if sam == preset.sam or (sam not in SCALES and preset.sam == "vit_b"):  # It suits SAM's ViTs.
         return preset
@@ -128,9 +128,9 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     batch = (32 if size == 0 else 4) if device.startswith("cuda") else 1
     how = {"optimizer": "muon" if sam.startswith("tiny") and batch == 1 else "adamw", "lr": 1e-3}
     if pyramid and batch == 1:  # on a CPU
-        epochs, batch, how = 10, 2, {"optimizer": "muon", "lr": 2e-3, "augment": 0.5}
-    if pyramid:
-        how |= {"fine_masks": True, "volumetric": True, "num_queries": len(preset.task.labels) + 1}
+        epochs, batch, how = 8, 2, {"optimizer": "muon", "lr": 2e-3, "augment": 0.5}
+    how |= {"fine_masks": sam == "tiny_pyramid", "volumetric": pyramid}
+    how |= {"num_queries": len(preset.task.labels) + 1} if pyramid else {}
     how |= sizes | {"epochs": epochs, "iterations": 250, "batch_size": batch}
     return dataclasses.replace(preset, sam=sam, **how)
 
