@@ -36,7 +36,7 @@ WALK = (
     "Image encoder, 2.5 ii-iii, fig. 3a: taps, and the neck {}",
     "Prompt generator, 2.3, fig. 3b: auxiliary masks $m^{{aux}}$ (S, N, H, W) = {}, and boxes $b^{{aux}}$",
     "Mask decoder, 2.6, fig. 3c: class probabilities (S, N, K+1) = {}, from the class tokens",
-    "Mask decoder, 2.6, fig. 3c: final masks (S, N, 4h, 4w) = {}, here at the size of the patch",
+    "Mask decoder, 2.6, fig. 3c: final masks {}, which are (S, N, H, W) if fine, else (S, N, 4h, 4w)",
     "Semantic map: the sum over queries of class probability x mask probability (K, H, W) = {}",
 )
 
