@@ -6,12 +6,12 @@
       │  PromptGenerator           2.3, fig. 3b         -> auxiliary masks, boxes and class tokens
       │  SAM's prompt encoder                           unchanged
       │  SAM's mask decoder        2.6, fig. 3c         + class token, + depth embedding, + adapters
-      └> class_logits (S, N, K+1), mask_logits (S, N, 4h, 4w); aux_mask_logits (S, N, H, W), aux_boxes
+      └> class_logits (S, N, K+1), mask_logits (S, N, 4h, 4w), aux_mask_logits (S, N, H, W), aux_boxes
 
 `segment-anything` builds SAM. Where the paper inserts something, a forward pass of SAM is repeated here, and
 every new line ends in "# +" (left out: windows, which support/attention.py cuts, IoU, masks 1 to 3). With
-fresh adapters encoder and decoder equal SAM's, image by image. Only the class token, one more token in the
-decoder, changes the masks: with MobileSAM's weights about 2.7 % of their pixels change sign.
+fresh adapters encoder and decoder equal SAM's, image by image. Only the class token, one more token, changes
+the masks (2.7 % of MobileSAM's pixels). With `fine_masks`, which are (S, N, H, W), the slices are a tap too.
 
     model, sam = build_model(MaskSAMConfig(sam="tiny", encoder_size=(256, 256)))
     outputs = model(torch.randn(2, 1, 4, 256, 256))

@@ -131,7 +131,7 @@ class PromptGenerator(nn.Module):
         form: the letter of fig. 5, "a" to "d"; see `prompts`.
         mask_prompt: whether SAM gets the masks as "logits" or "binary".
         scales: as in `level_sizes`. depth: as in `Level`.
-        fine: whether the last level also makes "detail", which the mask decoder adds to its image.
+        fine: whether the slices are the first tap, and the last level also makes "detail" for final masks.
     """
 
     def __init__(

@@ -242,15 +242,15 @@ def resume(run: Run) -> bool:
     content = run.group.from_first(lambda: read_checkpoint(path, keys) if path.exists() else None)
     if content is None:
         return False
-    old = content["config"] | content["plan"] | content["schedule"]
+    old = {"optimizer": "adamw", "augment": 1.0, "fine_masks": False, "volumetric": False}  # of older code
+    old |= content["config"] | content["plan"] | content["schedule"]
     new = dataclasses.asdict(run.model.config) | run.plan.as_dict() | run.settings["schedule"]
     if (epochs := new["epochs"]) > old.get("epochs", epochs):
         if run.group.rank == 0:
             print(f"extends   {path} to {epochs} epochs; from here on the rate is that of {epochs} epochs")
         old["epochs"] = epochs
     keys = sorted((old | new).keys() - {"decisions"})  # The plan's sentences may be worded anew.
-    keys = [key for key in keys if old.get(key, False) != new.get(key)]  # What older code lacks is off.
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     changed += [f"other {split} cases" for split in run.cases if run.cases[split] != content["cases"][split]]
     if changed:
         raise ValueError(f"{path}: found another configuration ({'; '.join(changed)}); use another --name")
