@@ -114,7 +114,7 @@ def recipe(preset: Preset, sam: str, device: str = "cpu") -> Preset:
     Ours: patches up to 8 x 160 x 160, batches of one and at most 60 epochs take `tiny` an hour or two on two
     cores, with Muon, since its weights are random. On a GPU ("cuda", "cuda:1") a batch has 4 patches, or 32
     small ones: 10 to 25 minutes of an H100, with AdamW. `tiny_pyramid` has fine masks; for small patches it
-    is volumetric and has K + 1 queries: 13 minutes of a core with AVX-512 (on a GPU not measured).
+    is volumetric and has K + 1 queries: 12 minutes of a core with AVX-512 (on a GPU not measured).
     """
     if sam == preset.sam or (sam not in SCALES and preset.sam == "vit_b"):  # It suits SAM's ViTs.
         return preset
