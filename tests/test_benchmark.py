@@ -34,7 +34,8 @@ def test_a_row_follows_from_its_measurements():
     made = bench("--batch", "16")
     made.measure = lambda run: (16.0, {made.step: 8, made.predict: 4}[run], 3.0)
     row = made.row((2, 32, 48))  # two windows along W, flipped in plane
-    assert tuple(row) == benchmark.TITLES
+    pyramid = benchmark.choose(benchmark.parse_arguments(SMALL), "phantom", "tiny_pyramid")[1]
+    assert tuple(row) == benchmark.TITLES and pyramid.fine_masks
     hours = made.preset.epochs * made.preset.iterations * 8 / 3600
     assert [*row.values()] == pytest.approx([16, 8000, 16, 3, 2, hours, 2 * 4 * 4 / 16])
 

@@ -45,7 +45,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
     ("config", {"num_queries": 10**9}, "num_queries 1000000000, which is not between 1 and 1024"),
     ("config", {"encoder_size": (32, "32")}, "encoder_size .*, which is not between"),
     ("config", {"num_classes": 3}, "a model of other numbers than 2 classes, 1 channels"),
-    ("config", {"given_boxes": "x"}, "no task, or a setting that is neither"),
+    ("config", {"fine_masks": "x"}, "no task, or a setting that is neither"),
     ("plan", {"task": {"labels": [0, 1], "channels": ["MR"]}}, "labels that are not names"),
     ("plan", {"task": {}}, "no labels in it"), ("plan", {"task": [1]}, "no task"),
     ("plan", {"spacing": [1.5, None, 1.5]}, "the spacing .1.5, None"),

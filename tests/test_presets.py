@@ -24,7 +24,7 @@ def test_labels_scored_organs_and_flips_belong_together():
 
 
 def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
-    acdc = PRESETS["acdc"]
+    acdc, phantom = PRESETS["acdc"], PRESETS["phantom"]
     tiny = recipe(acdc, "tiny")
     assert tiny.patch_size == (4, 160, 160) and tiny.encoder_size == (320, 320) and tiny.epochs == 36
     assert tiny.task is acdc.task and tiny.num_queries == acdc.num_queries
@@ -36,11 +36,10 @@ def test_a_light_encoder_brings_its_sizes_and_keeps_the_task():
     assert pyramid.patch_size == (16, 52, 36) and pyramid.encoder_size == (56, 40)
     assert (pyramid.epochs, pyramid.batch_size, pyramid.lr, pyramid.optimizer) == (8, 2, 2e-3, "muon")
     assert pyramid.volumetric and pyramid.fine_masks and pyramid.num_queries == 5
-    assert not recipe(acdc, "tiny_pyramid").volumetric and not recipe(PRESETS["phantom"], "tiny").fine_masks
+    assert not recipe(acdc, "tiny_pyramid").volumetric and not recipe(phantom, "tiny").fine_masks
     assert recipe(acdc, "tiny_pyramid").lr == recipe(small, "tiny_pyramid", "cuda").lr == 1e-3
-    assert recipe(PRESETS["phantom"], "vit_b").encoder_size == (320, 320)  # made for another backbone
-    assert recipe(acdc, "vit_h", "cuda") == acdc
-    assert recipe(PRESETS["phantom"], "tiny_pyramid") is PRESETS["phantom"]
+    assert recipe(phantom, "vit_b").encoder_size == (320, 320)  # made for another backbone
+    assert recipe(acdc, "vit_h", "cuda") == acdc and recipe(phantom, "tiny_pyramid") is phantom
 
 
 def test_the_preset_of_a_folder_fits_its_median_case():
