@@ -160,7 +160,6 @@ def resample_label(label: Array, shape: Shape) -> Array:
 
 
 # ------------------------------------------------------------------------------------------------------ cache
-
 RECIPE = 4  # part of every file name: raise it when `prepare_case` or `Plan` change what they make
 # Each case has the files CASE-KEY.PART.npy, which are memory-mapped ("r") or read, and CASE-KEY.json.
 PARTS = {"image": "r", "minimum": None, "foreground": None, "label": "r"}
@@ -260,7 +259,6 @@ def _foreground_voxels(label: Array) -> Array:
 
 
 # ----------------------------------------------------------------------------------- patches and augmentation
-
 FOREGROUND_SHARE = 1 / 3  # Ours: nnU-Net's share of patches that are centred on a foreground voxel
 # (probability, range) of each augmentation. The kinds are nnU-Net's, and so are some of the numbers.
 ROTATION = (0.5, (-np.pi / 6, np.pi / 6))  # Ours: radians, in plane (nnU-Net: 0.2, up to pi for thick slices)
@@ -410,7 +408,7 @@ def label_map_to_segments(labels: Tensor, num_classes: int) -> Segments:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(__doc__, *"data root fold group modality flip cache workers".split(), data="phantom")
+    parser = make_parser(__doc__, "data root fold group modality flip cache workers", data="phantom")
     parser.add_argument("action", choices=("check", "prepare", "info"))
     return parser.parse_args(argv)
 

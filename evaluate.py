@@ -167,8 +167,8 @@ def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layo
     trained = trained if not args.data or Path(args.data).name == Path(trained.get("data", "")).name else {}
     args.fold = trained.get("fold") if args.fold is None else args.fold
     root = args.root if args.data or args.root else trained["root"]
-    where = args.data or trained["data"], root, args.fold, args.group or trained.get("group")
-    source = layouts.find_data(*where)
+    group = args.group or trained.get("group")
+    source = layouts.find_data(args.data or trained["data"], root, args.fold, group)
     splits = source.splits | {"all": source.cases}
     if args.split not in splits:
         raise ValueError(f"--split: found {args.split}, expected {', '.join(splits)} as in {source.root}")
@@ -240,22 +240,22 @@ def describe_box_source(where: str) -> str:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and refuse options that do not go together."""
-    parser = files.make_parser(__doc__, *"data root fold group sam-checkpoint prompts device workers".split())
+    parser = files.make_parser(
+        __doc__, "data root fold group split sam-checkpoint prompts device workers amp"
+    )
     add = parser.add_argument
     ckpt = "checkpoint of train.py, whose data, root and fold are the defaults; several are averaged"
     add("--ckpt", nargs="+", metavar="FILE", help=ckpt)
     add("--predictions", metavar="DIR", help="label maps of another program to score, instead of --ckpt")
-    add("--split", default="val", help="cases: train, val, test, testing or all (default: %(default)s)")
     add("--input", metavar="DIR|FILE", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
-    add("--overlap", type=float, default=0.5, help="overlap of neighbouring windows (default: %(default)s)")
-    add("--batch", type=int, default=1, dest="batch_size", help="windows per call (default: %(default)s)")
+    add("--overlap", type=float, default=0.5, help="overlap of windows (default: %(default)s)")
+    add("--batch", type=files.count, default=1, dest="batch_size", help="windows per call (default: 1)")
     add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average mirrored predictions")
     largest = "keep only the largest component of these classes, or of all if none is named"
     add("--largest-component", nargs="*", metavar="CLASS", dest="largest", help=largest)
-    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
-    add("--tolerance", type=float, default=1.0, help="tolerance of NSD in mm (default: %(default)s)")
+    add("--tolerance", type=files.number(float), default=1.0, help="tolerance of NSD (default: 1.0 mm)")
     how = "how other papers score absent classes (default: %(default)s)"
     add("--metric-convention", choices=metrics.ABSENT, default="masksam", dest="convention", help=how)
     args = parser.parse_args(argv)
@@ -267,8 +267,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--largest-component belongs to --ckpt": args.predictions and args.largest is not None,
         "--predictions and --submission take no --prompts": given and (args.predictions or args.submission),
         "--input needs --output, the folder for the predictions": args.input and not args.output,
-        f"--batch: found {args.batch_size}, expected 1 or more": args.batch_size < 1,
-        f"--tolerance: found {args.tolerance}, expected more than 0 mm": args.tolerance <= 0,
     }
     for name, folder in (("--input", args.input), ("--prompts", given and args.prompts)):
         problem = f"{name}: found the folder of --output, expected another: its files would be replaced"

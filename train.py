@@ -63,39 +63,34 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. None stands for a value of the preset, which `resolve` fills in."""
-    common = "data root fold group modality flip cache sam-checkpoint prompts device".split()
-    parser = files.make_parser(__doc__, *common, data="phantom")
-    add = parser.add_argument
+    options = "data root fold group modality flip cache sam-checkpoint prompts device"
+    parser = files.make_parser(__doc__, f"{options} patch encoder queries batch amp", data="phantom")
+    add, count, index = parser.add_argument, files.count, files.index
     add("--name", help="the run is written to runs/<data>-<name> (default: the backbone's name)")
     add("--sam", choices=BACKBONES, help="backbone (default: that of the preset)")
     add("--variant", choices=model.VARIANTS, default="b9", help="row of table 4 (default: b9, the model)")
     add("--mask-prompt", choices=("logits", "binary"), default="logits", help="form of SAM's mask prompt")
-    add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size", help="patch in voxels")
-    add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="SAM's input in pixels")
-    add("--queries", type=int, dest="num_queries", help="number N of queries")
-    add("--epochs", type=int, help="number of epochs")
-    add("--iterations", type=int, help="optimizer steps per epoch")
-    add("--batch", type=int, dest="batch_size", help="patches in a batch, which all processes share")
-    add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
+    add("--epochs", type=count, help="number of epochs")
+    add("--iterations", type=count, help="optimizer steps per epoch")
+    add("--accumulate", type=count, default=1, help="batches per optimizer step (default: %(default)s)")
     add("--optimizer", choices=OPTIMIZERS, help="muon learns faster from random weights")
-    add("--lr", type=float, help="learning rate of the first step")
-    add("--augment", type=float, help="factor of the probabilities of augmentations, 0 for none")
+    add("--lr", type=files.number(float), help="learning rate of the first step")
+    add("--augment", type=files.number(float, zero=True), help="factor of the probabilities of augmentations")
     add("--fine-masks", action=argparse.BooleanOptionalAction, help="masks of the patch's size")
     add("--volumetric", action=argparse.BooleanOptionalAction, help="more convolutions in 3-D")
-    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: what the hardware has)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks to save memory")
-    add("--workers", type=int, help="processes that load patches (default: 4 with a GPU, else 0)")
-    add("--val-every", type=int, help="epochs between validations (default: a tenth of all, at least 2)")
-    add("--val-cases", type=int, help="validation cases while training (default: for a tenth of its time)")
+    add("--workers", type=index, help="processes that load patches (default: 4 with a GPU, else 0)")
+    add("--val-every", type=count, help="epochs between validations (default: a tenth of all, at least 2)")
+    add("--val-cases", type=count, help="validation cases while training (default: for a tenth of its time)")
     add("--val-overlap", type=float, help="overlap of their windows (default: for a tenth of its time)")
-    add("--seed", type=int, default=0, help="seed of the weights and the patches (default: %(default)s)")
+    add("--seed", type=index, default=0, help="seed of the weights and the patches (default: %(default)s)")
     add("--resume", action="store_true", help="continue from last.pt of this run, if there is one")
     add("--init", metavar="FILE", help="checkpoint whose tensors are loaded first, if they fit")
     return parser.parse_args(argv)
 
 
 def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes) -> None:
-    """Fill in, in place, the values that the command line left open. ValueError: one is impossible.
+    """Fill in, in place, the values that the command line left open. ValueError: --batch cannot be shared.
 
     Ours: processes share a batch, so that their number changes nothing. A preset's batch grows if it must.
     """
@@ -110,11 +105,6 @@ def resolve(args: argparse.Namespace, preset: Preset, group: processes.Processes
     args.workers = (4 if args.device.startswith("cuda") else 0) if args.workers is None else args.workers
     if args.val_every is None:
         args.val_every = max(2, args.epochs // 10)  # Ours
-    for option in "epochs iterations batch accumulate val-every val-cases lr augment workers seed".split():
-        value = vars(args)["batch_size" if option == "batch" else option.replace("-", "_")]
-        least = "0 or more" if option in ("augment", "workers", "seed") else "more than 0"
-        if value is not None and not (value > 0 or value == 0 and least == "0 or more"):
-            raise ValueError(f"--{option}: found {value}, expected {least}")
     if missing := -args.batch_size % group.world:
         if given:
             raise ValueError(f"--batch: found {given}, expected a multiple of the {group.world} processes")
@@ -219,17 +209,22 @@ def plan_validation(run: Run, patches: int, number=None, overlap=None, flips=())
 def open_data(args: argparse.Namespace, group: processes.Processes) -> tuple:
     """Find the cases and prepare them, first in process 0. Return the data set, its plan and their cache."""
     where = args.data, args.root, args.fold, args.group, args.modality, args.flip
-    source, splits = layouts.find_data(*where), {}
-    for name in ("train", "val"):
-        if not source.splits.get(name):
-            raise ValueError(f"{source.root}: found no {name} cases, only {', '.join(source.splits)}")
-        splits[name] = layouts.with_box_source(source.splits[name], args.prompts)
+    source, names = layouts.find_data(*where), ("train", "val")
+    if absent := [name for name in names if not source.splits.get(name)]:
+        raise ValueError(f"{source.root}: found no {absent[0]} cases, only {', '.join(source.splits)}")
+    splits = {name: layouts.with_box_source(source.splits[name], args.prompts) for name in names}
     source = dataclasses.replace(source, splits=source.splits | splits)
     cache = Path(args.cache) / source.name
 
     def prepare() -> data.Plan:
-        # A missing file of SAM is found before hours of preparing.
-        find_sam_file(args.sam or getattr(PRESETS.get(args.data), "sam", Preset.sam), args.sam_checkpoint)
+        # Missing files and impossible sizes are found before hours of preparing.
+        sam, classes = args.sam or getattr(PRESETS.get(args.data), "sam", Preset.sam), len(source.task.labels)
+        find_sam_file(sam, args.sam_checkpoint)
+        names = "patch_size", "encoder_size", "num_queries"
+        given = {name: vars(args)[name] for name in names if vars(args)[name]}
+        model.MaskSAMConfig(sam, num_classes=classes, **({"num_queries": classes} | given))
+        if args.init:
+            read_checkpoint(args.init)
         return data.prepare(source, cache, files.default_workers())
 
     plan = group.from_first(prepare)

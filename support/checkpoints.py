@@ -42,14 +42,13 @@ def read_checkpoint(path: str | Path, more: Iterable[str] = ()) -> dict:
 
     Only tensors and plain values are read (`weights_only`), so a file of unknown origin cannot run code.
 
-    Args:
-        path: the file. more: keys of `OTHER_TYPES` that it must have besides the `KEYS`.
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or one of its entries is missing, of another type, or out of bounds.
+    Args: path: the file. more: keys of `OTHER_TYPES` that it must have besides the `KEYS`.
+    Raises: FileNotFoundError if there is no such file; ValueError if it is damaged, or if one of its entries
+        is missing, of another type, or out of bounds.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: found no such file, expected a checkpoint of train.py, as in runs/")
+    cause = None
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # reads all bytes and compares their sums, which torch does not
@@ -60,10 +59,9 @@ def read_checkpoint(path: str | Path, more: Iterable[str] = ()) -> dict:
     except Exception as error:  # A broken or foreign file can raise almost any error here.
         # torch advises to read such a file without `weights_only`, which would run its code.
         problem = "more than tensors and plain values" if "weights_only" in str(error) else reason(error)
-        problem = f"no {error.args[0]} in it" if isinstance(error, KeyError) else problem
-        raise ValueError(f"{path}: found {problem}, expected a checkpoint of train.py") from error
+        problem, cause = f"no {error.args[0]} in it" if isinstance(error, KeyError) else problem, error
     if problem:
-        raise ValueError(f"{path}: found {problem}, expected a checkpoint that train.py wrote")
+        raise ValueError(f"{path}: found {problem}, expected a checkpoint of train.py") from cause
     return content
 
 

@@ -89,11 +89,27 @@ def device_name(name: str) -> str:
     return name
 
 
+def number(kind: type, zero: bool = False) -> Callable[[str], float]:
+    """Make a type for argparse: a finite int or float above 0, or with `zero` from 0 on."""
+
+    def parse(text: str) -> float:
+        if not (0 < (value := kind(text)) < math.inf or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"found {text}, expected {'at least' if zero else 'above'} 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse then says "invalid int value"
+    return parse
+
+
+count, index = number(int), number(int, zero=True)
+
+
 def fold(text: str) -> int | str:
     """Return the number of a fold, or "all"; argparse prints the error for another text."""
     return text if text == "all" else int(text)
 
 
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 # One wording for the options that several scripts have.
 COMMON_OPTIONS = {
     "data": {"help": "name of a preset, or a folder with a dataset.json"},
@@ -102,26 +118,32 @@ COMMON_OPTIONS = {
     "group": {"metavar": "REGEX", "help": "its group is the patient in a case's name (default: guessed)"},
     "modality": {"nargs": "+", "help": "CT, MR, noNorm, rescale_to_0_1 or rgb_to_0_1 (default: by names)"},
     "flip": {"nargs": "*", "choices": tuple("DHW"), "help": "axes of flips (default: by the labels)"},
+    "split": {"default": "val", "help": "cases: train, val, test, testing or all (default: %(default)s)"},
     "cache": {"default": "cache", "help": "folder for prepared cases (default: %(default)s)"},
     "sam-checkpoint": {"help": "file with SAM's own weights (default: downloaded once)"},
     "prompts": {"default": "auto", "metavar": "auto|gt|DIR", "help": "boxes: made, true, or of a folder"},
     "device": {"type": device_name, "help": "cpu or cuda (default: cuda if there is a GPU)"},
-    "workers": {"type": int, "help": "number of threads (default: one per core that has 4 GiB of memory)"},
+    "workers": {"type": count, "help": "threads (default: one per core that has 4 GiB of memory)"},
+    "patch": {"type": count, "nargs": 3, "metavar": tuple("DHW"), "dest": "patch_size", "help": "voxels"},
+    "encoder": {"type": count, "nargs": 2, "metavar": tuple("HW"), "dest": "encoder_size", "help": "pixels"},
+    "queries": {"type": count, "metavar": "N", "dest": "num_queries", "help": "number of queries"},
+    "batch": {"type": count, "dest": "batch_size", "help": "patches in a batch, which all processes share"},
+    "amp": {"choices": AMP_TYPES, "help": "autocast type (default: what the hardware has)"},
 }
 
 
-def make_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
+def make_parser(doc: str, options: str = "", **defaults) -> argparse.ArgumentParser:
     """Make a parser whose --help ends with the usage examples of the script's header; it has --debug.
 
     Args:
         doc: docstring of the script. Its first line is the description; its indented `python ...` and
             `torchrun ...` lines are the examples.
-        options: names in `COMMON_OPTIONS` to add. defaults: values for some of them, which --help then tells.
+        options: names in `COMMON_OPTIONS`, with blanks. defaults: values for some, which --help then tells.
     """
     examples = "\n".join(["examples:", *re.findall(r"^    (?:python|torchrun) .*$", doc, re.MULTILINE)])
     texts = {"description": doc.splitlines()[0], "epilog": examples}
     parser = argparse.ArgumentParser(**texts, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in options:
+    for name in options.split():
         option = dict(COMMON_OPTIONS[name])
         if name in defaults:
             words = option["help"].split(" (default")[0]
@@ -129,9 +151,6 @@ def make_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", **option)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def default_device() -> str:

@@ -219,8 +219,7 @@ def print_info(task: Task, measured: Sequence[Measured]) -> None:
     print(f"\n{'over cases':32s}{'min':>12s}{'median':>12s}{'max':>12s}")
     for name, column in zip(names, zip(*rows)):
         print(f"{name:32s}{min(column):12.5g}{np.median(column):12.5g}{max(column):12.5g}")
-    labelled = [each for each in measured if each.counts[1:].any()]
-    if labelled:
+    if labelled := [each for each in measured if each.counts[1:].any()]:
         print(f"\n{'class':32s}{'cases':>12s}{'median ml':>12s}{'% voxels':>12s}")
     for i, name in [*enumerate(task.labels)][1:] if labelled else ():
         ml = [each.counts[i] * np.prod(each.geometry.spacing) / 1000 for each in labelled if each.counts[i]]

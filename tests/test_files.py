@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+import train
 from support import files
 
 
@@ -35,7 +36,7 @@ def test_errors_end_in_one_sentence_and_with_debug_in_a_traceback(error, message
 
 @pytest.mark.parametrize("device", ["foo", "cuda", "cuda:x", "cpu:-1"])
 def test_a_device_that_is_not_here_is_refused(device, capsys, monkeypatch):
-    parser = files.make_parser("Do it.", "device", "flip")
+    parser = files.make_parser("Do it.", "device flip")
     assert parser.parse_args(["--flip"]).flip == [] and parser.parse_args([]).debug is False
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(SystemExit):
@@ -44,6 +45,14 @@ def test_a_device_that_is_not_here_is_refused(device, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", (chosen := []).append)
     assert parser.parse_args(["--device", "cuda:1"]).device == "cuda:1" and chosen == [1]
+
+
+@pytest.mark.parametrize("options, expected", [("--lr nan", "above 0"), ("--augment -1", "at least 0")])
+def test_a_number_that_cannot_be_is_refused_before_anything_is_read(options, expected, capsys):
+    assert train.parse_arguments(["--augment", "0"]).augment == 0
+    with pytest.raises(SystemExit):
+        train.parse_arguments(options.split())
+    assert capsys.readouterr().err.endswith(f"{options.replace(' ', ': found ')}, expected {expected}\n")
 
 
 @pytest.mark.parametrize("missing", [["sched_getaffinity"], ["sched_getaffinity", "sysconf_names"]])

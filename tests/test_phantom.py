@@ -29,7 +29,6 @@ def test_a_contracting_heart_in_its_anatomy_that_thresholds_fitted_on_the_truth_
     assert best_interval_dice(np.where(truth, 900.0, 100.0), truth) == 1.0  # the search itself works
     dice = [[best_interval_dice(image, label == k) for k in (1, 2, 3)] for image, label in frames]
     assert np.mean(dice, axis=0).max() < 0.5  # the header of phantom.py says 0.30
-    assert any(not label[d].any() for _, label in frames for d in (0, -1))  # slices beyond base and apex
     in_plane = ndimage.generate_binary_structure(2, 1)[None]
     for _, label in frames:  # the muscle lies around the pool
         assert set(np.unique(label)) == {0, 1, 2, 3}

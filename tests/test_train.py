@@ -132,18 +132,23 @@ def test_a_resumed_run_may_get_more_epochs(root, quick, capsys):
     ("--epochs 2 --resume", "epochs 3 -> 2"),
     ("--fine-masks --volumetric --resume", "fine_masks False -> True; volumetric False -> True"),
     ("", "runs/phantom-whole: found a run; use --resume, choose another --name"),
-    ("--lr -1", "--lr: found -1.0, expected more than 0"),
-    ("--val-cases -1", "--val-cases: found -1, expected more than 0"),
-    ("--augment -1", "--augment: found -1.0, expected 0 or more"),
-    ("--name few --queries 3", "num_queries is 3, expected 4 to 1024"),
-    ("--name none --init gone.pt", "gone.pt: found no such file"),
-    ("--name none --sam vit_b --sam-checkpoint gone.pth", "gone.pth: no such file"),
 ])  # fmt: skip
 def test_wrong_arguments_end_in_one_message_and_change_no_file(root, whole, monkeypatch, change, message):
     monkeypatch.chdir(whole[0])
     before = Path("runs/phantom-whole/last.pt").read_bytes()
     refuses(message, run, root, "whole", *SCHEDULE, *change.split())
     assert Path("runs/phantom-whole/last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, message", [
+    ("--queries 3", "num_queries is 3, expected 4 to 1024"),
+    ("--encoder 50 48", "encoder_size is .50, 48., expected 2 positive multiples of 16"),
+    ("--init gone.pt", "gone.pt: found no such file"),
+    ("--sam vit_b --sam-checkpoint gone.pth", "gone.pth: no such file"),
+])  # fmt: skip
+def test_wrong_sizes_and_files_are_found_before_cases_are_prepared(root, monkeypatch, change, message):
+    monkeypatch.setattr(train.data, "prepare", None)
+    refuses(message, run, root, "none", *SCHEDULE, *change.split())
 
 
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_many_end_the_run(root, quick, monkeypatch):

@@ -209,16 +209,14 @@ def predict_case(sam, baseline: Baseline, pictures: np.ndarray, box_labels, amp=
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. `evaluate.py --predictions` scores the files in other ways."""
-    parser = files.make_parser(__doc__, *"root fold group sam-checkpoint device workers".split())
+    parser = files.make_parser(__doc__, "root fold group split sam-checkpoint device workers amp")
     parser.set_defaults(ckpt=None, tolerance=1.0, convention="masksam")
     add = parser.add_argument
     add("name", choices=BASELINES)
     add("--data", required=True, help=files.COMMON_OPTIONS["data"]["help"])
     add("--prompts", required=True, metavar="gt|DIR", help="boxes of the true labels (gt) or label maps")
     add("--prompt-kind", choices=("box", "point"), default="box", help="prompt of an object (default: box)")
-    add("--split", default="val", help="split of the data set, or all (default: %(default)s)")
     add("--output", help="folder (default: runs/<data>/predictions-<name>-boxes-<prompts>-<split>)")
-    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: the one that the hardware has)")
     args = parser.parse_args(argv)
     args.device, args.workers = args.device or files.default_device(), args.workers or files.default_workers()
     args.amp = args.amp or files.default_amp(args.device)

@@ -150,16 +150,12 @@ def count(args: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; None stands for the value of the preset."""
-    parser = files.make_parser(__doc__, "device", device=files.default_device())
+    options, device = "device patch encoder queries batch amp", files.default_device()
+    parser = files.make_parser(__doc__, options, device=device)
     add = parser.add_argument
     add("--data", nargs="+", choices=PRESETS, help="presets (default: phantom; on a GPU the others)")
     add("--sam", nargs="+", choices=BACKBONES, help="backbones (default: the preset's; GPU: light ones too)")
-    add("--patch", type=int, nargs=3, metavar=("D", "H", "W"), dest="patch_size", help="patch in voxels")
-    add("--encoder", type=int, nargs=2, metavar=("H", "W"), dest="encoder_size", help="input size of SAM")
-    add("--queries", type=int, dest="num_queries", help="number of queries N")
-    add("--batch", type=int, dest="batch_size", help="number of patches")
-    add("--amp", choices=files.AMP_TYPES, help="autocast type (default: as in train.py)")
-    add("--repeat", type=int, default=3, help="number of runs (default: %(default)s)")
+    add("--repeat", type=files.count, default=3, help="number of runs (default: %(default)s)")
     add("--parameters", action="store_true", help="count parameters by component, instead of measuring")
     return parser.parse_args(argv)
 

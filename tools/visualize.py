@@ -196,7 +196,7 @@ COMMANDS = {compare: ("predictions",), queries: ("ckpt", "case"), walk: ("ckpt",
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `command` becomes the function of that name."""
-    parser = make_parser(__doc__, "root", "fold", "group", "sam-checkpoint")
+    parser = make_parser(__doc__, "root fold group split sam-checkpoint")
     add, commands = parser.add_argument, {command.__name__: command for command in COMMANDS}
     add("command", choices=commands)
     add("--data", help=COMMON_OPTIONS["data"]["help"] + " (default: as in training, or as scored)")
@@ -205,7 +205,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", nargs=1, metavar="FILE", help="queries, walk: checkpoint that train.py wrote")
     add("--case", nargs="+", help="names of cases (default: by the scores), one for queries and walk")
     add("--slice", type=int, help="queries, walk: slice of the file, from 0 (default: with most labels)")
-    add("--split", default="val", help="queries, walk: split of the case, or all (default: %(default)s)")
     add("--output", help="PNG to write (default: <command>.png)")
     args = parser.parse_args(argv)
     args.output, args.command = args.output or f"{args.command}.png", commands[args.command]
