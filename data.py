@@ -263,7 +263,7 @@ FOREGROUND_SHARE = 1 / 3  # Ours: nnU-Net's share of patches that are centred on
 # (probability, range) of each augmentation. The kinds are nnU-Net's, and so are some of the numbers.
 ROTATION = (0.5, (-np.pi / 6, np.pi / 6))  # Ours: radians, in plane (nnU-Net: 0.2, up to pi for thick slices)
 SCALING = (0.5, (0.8, 1.25))  # Ours: in plane, uniform in the logarithm (nnU-Net: 0.2, 0.7 to 1.4)
-NOISE = (0.15, (0.0, 0.3))  # Ours: deviation, where the image has about 1 (nnU-Net: 0.1, variance up to 0.1)
+NOISE = (0.15, (0.0, 0.3))  # Ours: deviation, in those of the image, 1 for CT and MR (nnU-Net: 0.1, to 0.3)
 BLUR = (0.15, (0.5, 1.0))  # Ours: sigma in pixels (nnU-Net: 0.2, 0.5 to 1)
 BRIGHTNESS = (0.15, (0.75, 1.25))  # Ours: nnU-Net's factor
 CONTRAST = (0.15, (0.75, 1.25))  # Ours: nnU-Net's factor
@@ -311,7 +311,7 @@ class PatchDataset(torch.utils.data.Dataset):
         image, label = cut(case["image"], case["label"], *place)
         axes = [axis for axis in self.plan.task.flip_axes if rng.random() < self.augment * FLIP]
         image, label = image.flip([axis + 1 for axis in axes]), label.flip(axes)
-        image = change_intensities(image, rng, self.augment)
+        image = change_intensities(image, rng, self.augment, self.plan.task.modality)
         if case["boxes"] is not None:  # cut and flipped as the true label map
             _, box_labels = cut(case["image"], case["boxes"], *place)
             image = torch.cat([image, box_labels.flip(axes)[None].to(image)])
@@ -321,8 +321,7 @@ class PatchDataset(torch.utils.data.Dataset):
         """Return the patch's first voxel: inside the volume, or so that a smaller volume is centred."""
         spare = [n - p for n, p in zip(shape, self.patch_size)]
         if len(foreground) and rng.random() < FOREGROUND_SHARE:
-            classes = foreground[:, 0]
-            voxel = rng.choice(foreground[classes == rng.choice(np.unique(classes)), 1:])
+            voxel = rng.choice(foreground[foreground[:, 0] == rng.choice(np.unique(foreground[:, 0])), 1:])
             wanted = [int(v) - p // 2 for v, p in zip(voxel, self.patch_size)]
         else:
             wanted = [int(rng.integers(max(s, 0) + 1)) for s in spare]
@@ -367,7 +366,7 @@ def cut(
     return patch, patch_label
 
 
-def change_intensities(image: Tensor, rng: np.random.Generator, augment: float = 1.0) -> Tensor:
+def change_intensities(image: Tensor, rng: np.random.Generator, augment=1.0, modality=("MR",)) -> Tensor:
     """Change an image (C, D, H, W), all channels alike, by each kind with its probability times `augment`."""
 
     def draw(kind: tuple[float, tuple[float, float]]) -> float | None:
@@ -375,6 +374,7 @@ def change_intensities(image: Tensor, rng: np.random.Generator, augment: float =
         return value if rng.random() < augment * kind[0] else None
 
     if (deviation := draw(NOISE)) is not None:
+        deviation *= 1.0 if {"CT", "MR"}.issuperset(modality) else float(image.std())
         image = image + deviation * torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32))
     if (sigma := draw(BLUR)) is not None:
         kernel = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma) ** 2)  # Ours: 5 taps

@@ -204,7 +204,7 @@ def test_rotation_and_scaling_are_those_of_brute_force(angle, scale, low):
 
 @pytest.mark.parametrize("flip_axes", [(), (2,), (0, 1)])
 def test_labels_follow_the_image_and_only_given_axes_are_flipped(tmp_path, monkeypatch, flip_axes):
-    monkeypatch.setattr(data, "change_intensities", lambda image, *_: image)
+    monkeypatch.setattr(data, "change_intensities", lambda image, rng, n, kinds: image * (kinds == ("MR",)))
     monkeypatch.setattr(data, "ROTATION", (0.0, (0, 0)))
     image = sum(ramp((4, 16, 16), axis) * 4**axis for axis in range(3))
     label = save(tmp_path / "l.nii", (image > np.median(image)).T.astype(np.uint8))
@@ -242,6 +242,8 @@ def test_every_kind_of_augmentation_changes_intensities_and_no_place(monkeypatch
     image[:, :, 6:14, 8:20], image[:, :, 9:11, 12:16] = 1.5, 1.0
     changed = data.change_intensities(image.clone(), np.random.default_rng(1))
     assert changed.shape == image.shape and changed.dtype == torch.float32 and changed.isfinite().all()
+    small, large = (data.change_intensities(n * image, np.random.default_rng(1), 1, "no") for n in (1, 50))
+    assert torch.allclose(50 * small, large, atol=1e-2)  # in units of the image, if it has no deviation of 1
     assert not torch.allclose(changed, image, atol=1e-3) and (changed[..., 8:12, 10:18] > 0).all()
     centres = [(x > x.mean()).nonzero().float().mean(0) for x in (changed, image)]
     assert torch.allclose(*centres, atol=0.6)
