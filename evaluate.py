@@ -45,8 +45,6 @@ Cases = Sequence[layouts.Case]
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Return the first voxels of windows along one axis, evenly spread from one end to the other."""
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap of windows: found {overlap}, expected a share from 0 to below 1")
     steps = -(-(length - window) // max(1, int(window * (1 - overlap))))  # rounded up
     return [round(i * (length - window) / max(steps, 1)) for i in range(steps + 1)]
 
@@ -174,26 +172,29 @@ def find_cases(args: argparse.Namespace, contents: Sequence[dict]) -> tuple[layo
         raise ValueError(f"--split: found {args.split}, expected {', '.join(splits)} as in {source.root}")
     cases = splits[args.split]
     for path, content in zip(args.ckpt or (), contents):
-        known = content["cases"]["train"] if content["plan"]["data"] == source.name else ()
-        if seen := [case.name for case in cases if case.name in known]:
+        if seen := [case.name for case in cases if case.name in content["cases"]["train"]]:
             found = f"found {len(seen)} of {len(cases)} cases that it was trained with, such as {seen[0]}"
-            if args.split not in ("train", "all"):
+            if content["plan"]["data"] == source.name and args.split not in ("train", "all"):
                 raise ValueError(f"{path}: {found}; expected the fold of its training, or --split all")
             print(f"remark: {path}: {found}")
     return source, cases
 
 
 def predict_files(cases: Cases, paths: list[Path], task, description, predict, workers=1, plan=None) -> None:
-    """Check all images (ValueError: some are wrong), then predict the cases that are not done yet.
+    """Check all files (ValueError: some are wrong), then predict the cases that are not done yet.
 
     Args:
         cases, paths: the cases, and the file to write for each, all in one folder.
         task, workers: `Task` of the images, and the number of threads that check them.
         description: case -> text for the header of its file. A file with this text is done.
         predict: case -> label map (D, H, W) and the geometry of its image.
-        plan: of the model; a remark names the images that are unlike its training images.
+        plan: of the model; a remark names images unlike its training images. Without it no label is read.
     """
-    data.survey(cases, task, workers, plan=plan)
+    read = {os.path.realpath(file) for c in cases for file in (*c.images, c.label, c.box_source) if file}
+    if lost := [path for path in paths if os.path.realpath(path) in read]:
+        raise files.refusal(lost[0], "a file that is read", "another --output: it would be replaced")
+    checked = cases if plan else [dataclasses.replace(case, label=None) for case in cases]
+    data.survey(checked, task, workers, plan=plan)
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     todo = [pair for pair in zip(cases, paths) if nifti.read_description(pair[1]) != description(pair[0])]
     for case, path in tqdm(todo, "predicting"):
@@ -213,6 +214,8 @@ def report(cases: Cases, paths: list[Path], source, args, made_with: dict, suffi
     labelled = {case: path for case, path in zip(cases, paths) if case.label is not None}
     if not labelled:
         return None
+    output = Path(args.output or paths[0].parent)
+    output.mkdir(parents=True, exist_ok=True)
     truths = [dataclasses.replace(case, images=(), box_source=None) for case in labelled]
     data.survey(truths, source.task, args.workers, list(labelled.values()))
     num_classes, scores = len(source.task.labels), {}
@@ -226,8 +229,6 @@ def report(cases: Cases, paths: list[Path], source, args, made_with: dict, suffi
     results["data"] = source.name if source.name in PRESETS else source.root
     results |= {"root": source.root, "split": args.split, "fold": args.fold}
     metrics.print_table(results)
-    output = Path(args.output or paths[0].parent)
-    output.mkdir(parents=True, exist_ok=True)
     metrics.write_metrics(output, results, suffix)
     return results
 
@@ -250,7 +251,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--input", metavar="DIR|FILE", help="images without labels to predict, instead of a split")
     add("--output", metavar="DIR", help="folder to write (default: predictions-<split> by the checkpoint)")
     add("--submission", action="store_true", help="name the files as the challenge does, and zip them")
-    add("--overlap", type=float, default=0.5, help="overlap of windows (default: %(default)s)")
+    add("--overlap", type=files.share, default=0.5, help="overlap of windows (default: %(default)s)")
     add("--batch", type=files.count, default=1, dest="batch_size", help="windows per call (default: 1)")
     add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="average mirrored predictions")
     largest = "keep only the largest component of these classes, or of all if none is named"
@@ -266,11 +267,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--input and --submission belong to --ckpt": args.predictions and predicts,
         "--largest-component belongs to --ckpt": args.predictions and args.largest is not None,
         "--predictions and --submission take no --prompts": given and (args.predictions or args.submission),
+        "--input takes no --data and no --submission": args.input and (args.data or args.submission),
         "--input needs --output, the folder for the predictions": args.input and not args.output,
     }
-    for name, folder in (("--input", args.input), ("--prompts", given and args.prompts)):
-        problem = f"{name}: found the folder of --output, expected another: its files would be replaced"
-        problems[problem] = folder and args.output and Path(folder).resolve() == Path(args.output).resolve()
     if found := [problem for problem, applies in problems.items() if applies]:
         parser.error(found[0])
     args.device, args.workers = args.device or files.default_device(), args.workers or files.default_workers()

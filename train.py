@@ -50,7 +50,7 @@ from support import files, layouts, metrics, nifti, processes
 from support.checkpoints import OTHER_TYPES, read_checkpoint, write_checkpoint
 from support.muon import Muon
 from support.presets import PRESETS, Preset, folder_preset, recipe
-from support.sam import BACKBONES, find_sam_file, resample_position_embedding, store_frozen
+from support.sam import BACKBONES, find_sam_file, load_sam, resample_position_embedding, store_frozen
 
 MAX_SKIPPED = 10  # Ours: steps in a row whose numbers are not finite, before the run stops
 # Settings that must not change when a run is resumed, besides the model and the plan of the data. Only the
@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=index, help="processes that load patches (default: 4 with a GPU, else 0)")
     add("--val-every", type=count, help="epochs between validations (default: a tenth of all, at least 2)")
     add("--val-cases", type=count, help="validation cases while training (default: for a tenth of its time)")
-    add("--val-overlap", type=float, help="overlap of their windows (default: for a tenth of its time)")
+    add("--val-overlap", type=files.share, help="overlap of their windows (default: for a tenth of its time)")
     add("--seed", type=index, default=0, help="seed of the weights and the patches (default: %(default)s)")
     add("--resume", action="store_true", help="continue from last.pt of this run, if there is one")
     add("--init", metavar="FILE", help="checkpoint whose tensors are loaded first, if they fit")
@@ -219,12 +219,13 @@ def open_data(args: argparse.Namespace, group: processes.Processes) -> tuple:
     def prepare() -> data.Plan:
         # Missing files and impossible sizes are found before hours of preparing.
         sam, classes = args.sam or getattr(PRESETS.get(args.data), "sam", Preset.sam), len(source.task.labels)
-        find_sam_file(sam, args.sam_checkpoint)
+        if (path := find_sam_file(sam, args.sam_checkpoint)) and args.sam_checkpoint:
+            load_sam(BACKBONES[sam].build(), sam, path, (64, 64))
         names = "patch_size", "encoder_size", "num_queries"
         given = {name: vars(args)[name] for name in names if vars(args)[name]}
         model.MaskSAMConfig(sam, num_classes=classes, **({"num_queries": classes} | given))
-        if args.init:
-            read_checkpoint(args.init)
+        if args.init and (found := read_checkpoint(args.init)["config"]["sam"]) != sam:
+            raise ValueError(f"--init {args.init}: found the backbone {found}, expected {sam} as in --sam")
         return data.prepare(source, cache, files.default_workers())
 
     plan = group.from_first(prepare)
@@ -264,8 +265,6 @@ def start_from(run: Run) -> None:
     """Load the tensors of --init that fit by name and shape, and count the others by component."""
     path = run.args.init
     content, own = run.group.from_first(lambda: read_checkpoint(path)), model.trained_state(run.model)
-    if (found := content["config"]["sam"]) != run.args.sam:
-        raise ValueError(f"--init {path}: found the backbone {found}, expected {run.args.sam} as in --sam")
     state, positions = content["state"], "sam.image_encoder.pos_embed"
     if positions in own.keys() & state.keys():  # of another size of the encoder's input
         state[positions] = resample_position_embedding(state[positions], own[positions].shape[1:3])

@@ -89,19 +89,21 @@ def device_name(name: str) -> str:
     return name
 
 
-def number(kind: type, zero: bool = False) -> Callable[[str], float]:
-    """Make a type for argparse: a finite int or float above 0, or with `zero` from 0 on."""
+def number(kind: type, zero: bool = False, below: float = math.inf) -> Callable[[str], float]:
+    """Make a type for argparse: an int or float above 0, or with `zero` from 0 on, and below `below`."""
+    expected = f"{'at least' if zero else 'above'} 0 and below {below:g}"
 
     def parse(text: str) -> float:
-        if not (0 < (value := kind(text)) < math.inf or zero and value == 0):
-            raise argparse.ArgumentTypeError(f"found {text}, expected {'at least' if zero else 'above'} 0")
+        if not (0 < (value := kind(text)) < below or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"found {text}, expected {expected}")
         return value
 
     parse.__name__ = kind.__name__  # argparse then says "invalid int value"
     return parse
 
 
-count, index = number(int), number(int, zero=True)
+count, index = number(int), number(int, zero=True, below=2**63)
+share = number(float, zero=True, below=1)
 
 
 def fold(text: str) -> int | str:

@@ -386,8 +386,11 @@ def find_predictions(cases: Sequence[Case], folder: str | Path, spare: bool = Fa
     files = _files(Path(folder))
     own = [[files.pop(name) for name in (case.name, *case.aliases) if name in files] for case in cases]
     if wrong := [case.name for case, found in zip(cases, own) if len(found) != 1]:
-        found = f"no file or two of {len(wrong)} cases, such as {', '.join(wrong[:3])}"
-        raise FileNotFoundError(f"{folder}: found {found}; expected one of each of {len(cases)}")
+        found = f"no file of {len(wrong)} cases, or two, such as of {', '.join(wrong[:3])}"
+        found = found if Path(folder).is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{folder}: found {found}; expected a label map of each of {len(cases)} cases"
+        )
     if files and not spare:
         raise FileNotFoundError(f"{folder}: found files of no case, {', '.join(files)}, expected none")
     return [Path(found[0]) for found in own]

@@ -17,7 +17,7 @@ from support import layouts, metrics, nifti, phantom
 from support.sam import modeling
 from tools import baselines
 from tools.baselines import BASELINES, Baseline
-from volumes import REAL, save
+from volumes import REAL, refuses, save
 
 
 def box_filler(name: str, seen: list) -> modeling.Sam:
@@ -178,6 +178,7 @@ def test_boxes_of_another_program_are_used_and_no_truth_is_opened_before_scoring
         label[:], label[0, 30, 20] = 0, 3
         save(f"net/{case.name}.nii.gz", label.T, geometry.affine)
     monkeypatch.setattr(nifti, "read_volume", lambda path, *r: opened.append(path) or read_volume(path, *r))
+    refuses("a file that is read, expected another --output", run, "small --prompts net --output net")
     results, name = run("small --prompts net"), f"boxes-{Path.cwd().name}_net"
     first = min(opened.index(case.label) for case in cases)
     assert not {case.images[0] for case in cases} & set(opened[first:])  # all cases are predicted by then
@@ -195,7 +196,6 @@ def test_wrong_arguments_are_one_message(run, monkeypatch, capsys):
         ("sam2_tiny --prompts gt --sam-checkpoint x", "no package sam2, expected it: pip install --no-deps"),
         ("sam2_tiny --prompts gt", "needs --sam-checkpoint FILE: sam2_hiera_*.pt or"),
         ("sam --prompts auto", "--prompts: found auto, expected gt or DIR"),
-        ("sam --prompts b --output b/", "--prompts: found the folder of --output, expected another"),
         ("medsam --prompts gt", "baselines.py: medsam needs --sam-checkpoint FILE: medsam_vit_b.pth of"),
     ):
         with pytest.raises(SystemExit) as stopped:

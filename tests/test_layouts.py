@@ -210,6 +210,6 @@ def test_one_file_is_an_image_and_boxes_come_from_the_truth_or_from_another_prog
     assert maps == ["label1.nii.gz", "b.nii"]
     refuses("found files of no case, o_0000, expected", layouts.find_predictions, cases, tmp_path)
     touch(tmp_path, "a.nii.gz")
-    refuses("no file or two of 1 cases, such as a;", layouts.find_predictions, cases, tmp_path)
+    refuses("no file of 1 cases, or two, such as of a;", layouts.find_predictions, cases, tmp_path)
     touch(tmp_path, "b.nii.gz")
     refuses("b.nii.gz: found .*b.nii too", layouts.find_images, tmp_path, 1)

@@ -98,7 +98,7 @@ def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked
         boxes = sum(len(axis.patches) for axis in figure.axes)
         title = f"{second.name}, slice {d}\nqueries: {boxes}; no object, not drawn: {4 - boxes}"
         assert figure.subfigs[0].get_suptitle() == title
-    _, guide, views, shapes, everything, maps, *_ = shown[-1]
+    _, _, views, shapes, _, maps, *_ = shown[-1]
     network, _, patch, index, _ = visualize.open_slice(visualize.parse_arguments(page.split()))
     with torch.no_grad():
         neck, taps = network.encode(network.stem(patch.transpose(0, 1)))
@@ -106,7 +106,6 @@ def test_commands_draw_the_cases_slices_queries_and_features_that_they_are_asked
         assert title.endswith(f" {tuple(feature.shape)}")
         assert np.allclose(view, pictures.colour_map(feature[index].numpy()))
     assert shapes == [(1, *patch.shape), neck.shape, (4, 4, 64, 64), (4, 4, 5), (4, 4, 64, 64), maps.shape]
-    assert views[0][1].shape == (32, 32, 3) and len(everything) == 4 and ", slice 3, " in guide
     plt.close("all")
 
     moved = geometry.affine + 20 * np.eye(4, k=3)  # along x

@@ -222,8 +222,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.amp = args.amp or files.default_amp(args.device)
     if args.prompts == "auto":
         parser.error("--prompts: found auto, expected gt or DIR, because these models make no boxes")
-    if args.output and Path(args.output).resolve() == Path(args.prompts).resolve():
-        parser.error("--prompts: found the folder of --output, expected another: its files would be replaced")
     return args
 
 
@@ -252,8 +250,7 @@ def run(args: argparse.Namespace) -> dict | None:
     suffix = layouts.box_source_suffix(args.prompts).replace("boxes", kind, 1)
     folder = args.output or Path("runs", source.name, f"predictions-{args.name}{suffix}-{args.split}")
     paths = [Path(folder, f"{case.name}.nii.gz") for case in cases]
-    unlabelled = [dataclasses.replace(case, label=None) for case in cases]  # no truth is read before scoring
-    evaluate.predict_files(unlabelled, paths, source.task, description, predict, args.workers)
+    evaluate.predict_files(cases, paths, source.task, description, predict, args.workers)
     facts = facts | {"prompts": args.prompts, "prompt_kind": kind, "amp": args.amp}
     return evaluate.report(cases, paths, source, args, facts, suffix)
 
