@@ -45,6 +45,8 @@ Cases = Sequence[layouts.Case]
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Return the first voxels of windows along one axis, evenly spread from one end to the other."""
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap of windows: found {overlap}, expected a share from 0 to below 1")
     steps = -(-(length - window) // max(1, int(window * (1 - overlap))))  # rounded up
     return [round(i * (length - window) / max(steps, 1)) for i in range(steps + 1)]
 

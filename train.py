@@ -221,8 +221,7 @@ def open_data(args: argparse.Namespace, group: processes.Processes) -> tuple:
         sam, classes = args.sam or getattr(PRESETS.get(args.data), "sam", Preset.sam), len(source.task.labels)
         if (path := find_sam_file(sam, args.sam_checkpoint)) and args.sam_checkpoint:
             load_sam(BACKBONES[sam].build(), sam, path, (64, 64))
-        names = "patch_size", "encoder_size", "num_queries"
-        given = {name: vars(args)[name] for name in names if vars(args)[name]}
+        given = {n: vars(args)[n] for n in ("patch_size", "encoder_size", "num_queries") if vars(args)[n]}
         model.MaskSAMConfig(sam, num_classes=classes, **({"num_queries": classes} | given))
         if args.init and (found := read_checkpoint(args.init)["config"]["sam"]) != sam:
             raise ValueError(f"--init {args.init}: found the backbone {found}, expected {sam} as in --sam")

@@ -102,8 +102,7 @@ def number(kind: type, zero: bool = False, below: float = math.inf) -> Callable[
     return parse
 
 
-count, index = number(int), number(int, zero=True, below=2**63)
-share = number(float, zero=True, below=1)
+count, index, share = number(int), number(int, zero=True, below=2**63), number(float, zero=True, below=1)
 
 
 def fold(text: str) -> int | str:

@@ -60,6 +60,7 @@ def test_overlapping_windows_are_averaged_with_gaussian_weights_that_have_a_floo
     expected = [1, 2, 4] @ weights / weights.sum(0)
     assert np.allclose(torch.cat(list(slabs), dim=1).flatten().numpy(), expected, rtol=1e-5)
     assert evaluate.window_weights((8, 64, 64)).min() == pytest.approx(1e-3)
+    refuses("overlap of windows: found 1.5", evaluate.window_starts, 9, 4, 1.5)
 
 
 def fake(patch_size, scores):
