@@ -52,9 +52,8 @@ def test_a_number_that_cannot_be_is_refused_before_anything_is_read(options, exp
     assert train.parse_arguments(["--augment", "0"]).augment == 0
     with pytest.raises(SystemExit):
         train.parse_arguments(options.split())
-    assert capsys.readouterr().err.endswith(
-        f"{options.replace(' ', ': found ')}, expected {expected} and below inf\n"
-    )
+    message = f"{options.replace(' ', ': found ')}, expected {expected} and below inf\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 @pytest.mark.parametrize("missing", [["sched_getaffinity"], ["sched_getaffinity", "sysconf_names"]])
